@@ -1,0 +1,1 @@
+"""miss-IWEM: learning from images with holes, and completing them."""

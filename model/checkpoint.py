@@ -1,0 +1,134 @@
+"""Checkpoints: a folder with `weights.safetensors` and the whole truth about them in `card.json`.
+
+No pickle is ever read. The card names the architecture that the weights belong to and their
+SHA-256, which is verified on load.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from model.latent import Architecture, LatentVariableModel
+from model.noise import Noise
+
+__all__ = ["FORMAT_VERSION", "Card", "Checkpoint", "CheckpointError", "read", "read_card", "write"]
+
+FORMAT_VERSION = 1
+WEIGHTS, CARD = "weights.safetensors", "card.json"
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a checkpoint, or one whose parts do not belong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known about a checkpoint."""
+
+    name: str
+    architecture: Architecture
+    binarise: str
+    """How grey levels become the binary pixels of training: threshold (above 127) or bernoulli."""
+    objective: str
+    missing: str
+    """Which pixels the training images lacked, and whether that was drawn once or each epoch."""
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    """Epochs, seconds, device, library versions, commit, validation bound."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """Test results by name, each with its estimator, particles and standard error."""
+    weights_sha256: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with its card."""
+
+    model: LatentVariableModel
+    card: Card
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Card:
+    """Replaces the folder as a whole by this checkpoint; returns the card with the weights' hash."""
+    weights = save({k: v.contiguous() for k, v in checkpoint.model.state_dict().items()})
+    card = replace(checkpoint.card, weights_sha256=hashlib.sha256(weights).hexdigest())
+    fresh = _beside(folder)
+    fresh.mkdir(parents=True)
+    (fresh / WEIGHTS).write_bytes(weights)
+    (fresh / CARD).write_text(_to_json(card))
+    if folder.exists():
+        old = _beside(folder)
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(folder)
+    return card
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a checkpoint, without its weights.
+
+    Raises:
+        CheckpointError: There is no card, or it is not one of this format.
+    """
+    try:
+        raw = json.loads((folder / CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Expected a checkpoint in {folder.name}; got {error}.") from error
+    known = {f.name for f in fields(Card)}
+    if not isinstance(raw, dict) or set(raw) != known or raw["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"Expected a card of format {FORMAT_VERSION} with the fields {sorted(known)} "
+            f"in {folder.name}; got {sorted(raw)}."
+        )
+    return Card(**{**raw, "architecture": _architecture(raw["architecture"])})
+
+
+def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
+    """The model that a folder holds, on a device, ready for inference.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or the weights are not the card's.
+    """
+    card = read_card(folder)
+    try:
+        weights = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Expected {WEIGHTS} in {folder.name}; got {error}.") from error
+    got = hashlib.sha256(weights).hexdigest()
+    if got != card.weights_sha256:
+        raise CheckpointError(
+            f"Expected weights with sha256 {card.weights_sha256} in {folder.name}; got {got}."
+        )
+    model = card.architecture.build(Noise(0))
+    try:
+        model.load_state_dict(load(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"The weights do not fit the card's architecture: {error}") from error
+    return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
+
+
+def _architecture(raw: dict[str, Any]) -> Architecture:
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    try:
+        return Architecture(**lists)
+    except TypeError as error:
+        raise CheckpointError(f"Expected an architecture of this version; got {error}.") from error
+
+
+def _to_json(card: Card) -> str:
+    return json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+
+
+def _beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}-{uuid.uuid4().hex}"

@@ -1,0 +1,212 @@
+r"""Estimates of log p(x_o), and of log p(x_m | x_o) where the missing pixels are known.
+
+With particles $z_k \sim q$ and weights $w_k = p(x_o, z_k) / q(z_k)$,
+
+$$ \log \hat p(x_o) = \log \tfrac1K \sum_k w_k, \qquad
+   \log \hat p(x_m \mid x_o) = \log \sum_k \tilde w_k\, p(x_m \mid z_k), \qquad
+   \tilde w_k = w_k / \textstyle\sum_j w_j . $$
+
+The first is a lower bound in expectation.
+The second is a normalised distribution over $x_m$ for any particles, so that no bad proposal can
+flatter it. Both are folds over blocks of particles, and their standard errors are Monte Carlo
+errors by the delta method: of the first $\sqrt{1/\mathrm{ESS} - 1/K}$, of the second that of a ratio.
+They are not to be believed when the Pareto shape $\hat k$ of the weights is above 0.7.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from model.latent import LatentVariableModel, Particles, Proposal
+from model.masks import Incomplete
+from model.noise import Source
+from model.weights import RELIABLE_PARETO_K, WeightSums
+
+__all__ = [
+    "BLOCK",
+    "PROPOSALS",
+    "Estimate",
+    "Predictive",
+    "Scores",
+    "Stages",
+    "blocks",
+    "estimate_of",
+    "finish",
+    "score",
+]
+
+BLOCK = 64
+"""Particles that are drawn and decoded at once. Every block is whole, whatever is asked for, so
+that the same particle has the same bits in every request."""
+
+T = TypeVar("T")
+Stages = Generator[None, None, T]
+"""Work that pauses between its parts, and returns its result at the end."""
+
+
+def finish(stages: Stages[T]) -> T:
+    """The result of work in stages, done without a pause."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as done:
+            return done.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """An estimate of a log-probability for each image, in nats, with what is known of its error."""
+
+    value: Float[Tensor, " batch"]
+    standard_error: Float[Tensor, " batch"]
+    effective_sample_size: Float[Tensor, " batch"]
+    pareto_k: Float[Tensor, " batch"]
+    """NaN when there were too few particles to tell."""
+    particles: int
+    estimator: str
+
+    @property
+    def reliable(self) -> Bool[Tensor, " batch"]:
+        """Whether the standard error may be believed."""
+        return self.pareto_k <= RELIABLE_PARETO_K
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log p(x_o), and log p(x_m | x_o) where the truth was given."""
+
+    log_likelihood: Estimate
+    conditional: Estimate | None
+
+
+def _own(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """The encoder's proposal as in training: what `raw` scores are made with."""
+    return model.two_pass(images, noise, imputations=1)
+
+
+def _zero_filled(model: LatentVariableModel, images: Incomplete, _noise: Source) -> Proposal:
+    return model.zero_filled(images)
+
+
+def _adapted(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """The mixture over adapted imputations: what is served."""
+    return model.adapted(images, noise)
+
+
+PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
+    "adapted": _adapted,
+    "own": _own,
+    "zero-filled": _zero_filled,
+}
+
+
+def blocks(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    particles: int,
+    proposal: str = "adapted",
+) -> Iterator[Particles]:
+    """So many particles of each image, a block at a time; more of them begin with the same ones."""
+    distribution = PROPOSALS[proposal](model, images, noise.at("proposal"))
+    for index in range(math.ceil(particles / BLOCK)):
+        latents = distribution.draw(BLOCK, noise.at("block", index))
+        whole = model.particles(images, distribution, latents)
+        yield _first(whole, particles - index * BLOCK)
+
+
+def score(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    particles: int,
+    proposal: str = "adapted",
+    truth: Float[Tensor, "batch channels height width"] | None = None,
+) -> Stages[Scores]:
+    """log p(x_o) of each image and, where the complete images are given, log p(x_m | x_o)."""
+    sums = WeightSums.empty(len(images), particles=particles, like=images.values)
+    predictive = Predictive.empty(len(images), particles=particles, like=images.values)
+    for block in blocks(model, images, noise, particles=particles, proposal=proposal):
+        log_w = block.log_weights
+        sums = sums.update(log_w)
+        if truth is not None:
+            log_missing = model.likelihood.log_density_of(
+                block.parameters, truth, ~images.observed
+            )
+            predictive = predictive.update(log_w, log_missing)
+        yield
+    conditional = None if truth is None else predictive.estimate(sums)
+    return Scores(estimate_of(sums), conditional)
+
+
+def estimate_of(sums: WeightSums) -> Estimate:
+    """The importance-sampling estimate of log p(x_o) that the sums amount to."""
+    return Estimate(
+        value=sums.log_mean,
+        standard_error=sums.standard_error,
+        effective_sample_size=sums.effective_sample_size,
+        pareto_k=sums.pareto_k,
+        particles=sums.particles,
+        estimator="importance",
+    )
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """Fold: the sums of w·p(x_m | z) that log p(x_m | x_o) needs beside those of w."""
+
+    joint: WeightSums
+    log_sum_crossed: Float[Tensor, " batch"]
+    """log Σ w²·p(x_m | z), for the covariance of numerator and denominator."""
+
+    @classmethod
+    def empty(cls, batch: int, *, particles: int, like: Tensor) -> "Predictive":
+        """The sums of nothing."""
+        joint = WeightSums.empty(batch, particles=particles, like=like)
+        return cls(joint, joint.log_sum)
+
+    def update(
+        self, log_weights: Float[Tensor, "batch block"], log_missing: Float[Tensor, "batch block"]
+    ) -> "Predictive":
+        """The sums with one more block."""
+        log_w, log_p = log_weights.double(), log_missing.double()
+        crossed = (2 * log_w + log_p).logsumexp(-1)
+        return Predictive(
+            self.joint.update(log_w + log_p), torch.logaddexp(self.log_sum_crossed, crossed)
+        )
+
+    def estimate(self, sums: WeightSums) -> Estimate:
+        """log p(x_m | x_o), given the sums of the same particles' weights."""
+        relative = (
+            1 / self.joint.effective_sample_size
+            + 1 / sums.effective_sample_size
+            - 2 * (self.log_sum_crossed - self.joint.log_sum - sums.log_sum).exp()
+        )
+        return Estimate(
+            value=self.joint.log_sum - sums.log_sum,
+            standard_error=relative.clamp(min=0).sqrt(),
+            effective_sample_size=self.joint.effective_sample_size,
+            pareto_k=torch.maximum(sums.pareto_k, self.joint.pareto_k),
+            particles=sums.particles,
+            estimator="self-normalised importance",
+        )
+
+
+def _first(whole: Particles, count: int) -> Particles:
+    if count >= BLOCK:
+        return whole
+    return replace(
+        whole,
+        latents=whole.latents[:, :count],
+        parameters=whole.parameters[:, :count],
+        log_likelihood=whole.log_likelihood[:, :count],
+        expected_log_missing=whole.expected_log_missing[:, :count],
+        log_prior=whole.log_prior[:, :count],
+    )

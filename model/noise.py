@@ -1,0 +1,95 @@
+r"""Randomness that does not depend on the order of the work.
+
+Every draw comes from a generator of its own, whose seed is a hash of what the draw is for,
+
+$$ \text{seed} = \mathrm{BLAKE2b}_{64}(s, p_1, p_2, \dots), $$
+
+never $s + i$: streams of neighbouring seeds would overlap.
+So the same request with the same seed gives the same bytes alone or among others,
+$2K$ particles begin with the $K$ particles of a smaller request,
+and training that was interrupted goes on as if it had not been.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+__all__ = ["Noise", "NoisePerImage", "Source"]
+
+
+class Source(Protocol):
+    """Gives random numbers for a batch of images; what a draw is for decides what it gets."""
+
+    def at(self, *path: int | str) -> "Source":
+        """The source for one part of the work, independent of every other part's."""
+        ...
+
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """Independent N(0, 1) numbers of the dtype and on the device of `like`."""
+        ...
+
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """Independent numbers from [0, 1) of the dtype and on the device of `like`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One source for a whole batch, drawn on the device where it is used."""
+
+    seed: int
+    path: tuple[int | str, ...] = ()
+
+    def at(self, *path: int | str) -> "Noise":
+        """The source for one part of the work."""
+        return Noise(self.seed, self.path + path)
+
+    def generator(self, device: torch.device | str = "cpu") -> Generator:
+        """A fresh generator; the same seed and path give the same one."""
+        key = "/".join(map(str, (self.seed, *self.path)))
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """N(0, 1) numbers from one generator."""
+        generator = self.generator(like.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """Uniform numbers from one generator."""
+        generator = self.generator(like.device)
+        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class NoisePerImage:
+    """A source of each image's own, so that no image's numbers depend on its neighbours.
+
+    The numbers are drawn on the CPU in single precision: they are the same on every device.
+    """
+
+    noises: tuple[Noise, ...]
+
+    @classmethod
+    def of(cls, seed: int, images: Sequence[int]) -> "NoisePerImage":
+        """The sources of the images with these indices in a request of this seed."""
+        return cls(tuple(Noise(seed).at("image", image) for image in images))
+
+    def at(self, *path: int | str) -> "NoisePerImage":
+        """The sources for one part of the work."""
+        return NoisePerImage(tuple(noise.at(*path) for noise in self.noises))
+
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """N(0, 1) numbers, image by image."""
+        drawn = [torch.randn(shape[1:], generator=noise.generator()) for noise in self.noises]
+        return torch.stack(drawn).to(like)
+
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+        """Uniform numbers, image by image."""
+        drawn = [torch.rand(shape[1:], generator=noise.generator()) for noise in self.noises]
+        return torch.stack(drawn).to(like)
