@@ -58,13 +58,13 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Card:
-    """Replaces the folder as a whole by this checkpoint; returns the card with the weights' hash."""
+    """Replaces the folder as a whole by this checkpoint; returns the card with the hash."""
     weights = save({k: v.contiguous() for k, v in checkpoint.model.state_dict().items()})
     card = replace(checkpoint.card, weights_sha256=hashlib.sha256(weights).hexdigest())
     fresh = _beside(folder)
     fresh.mkdir(parents=True)
     (fresh / WEIGHTS).write_bytes(weights)
-    (fresh / CARD).write_text(_to_json(card))
+    (fresh / CARD).write_text(_to_json(card), encoding="utf-8")
     if folder.exists():
         old = _beside(folder)
         folder.rename(old)
@@ -82,16 +82,18 @@ def read_card(folder: Path) -> Card:
         CheckpointError: There is no card, or it is not one of this format.
     """
     try:
-        raw = json.loads((folder / CARD).read_text())
+        raw = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Expected a checkpoint in {folder.name}; got {error}.") from error
     known = {f.name for f in fields(Card)}
     if not isinstance(raw, dict) or set(raw) != known or raw["format_version"] != FORMAT_VERSION:
+        got = raw if not isinstance(raw, dict) else (raw.get("format_version"), sorted(raw))
         raise CheckpointError(
             f"Expected a card of format {FORMAT_VERSION} with the fields {sorted(known)} "
-            f"in {folder.name}; got {sorted(raw)}."
+            f"in {folder.name}; got {got}."
         )
-    return Card(**{**raw, "architecture": _architecture(raw["architecture"])})
+    values: dict[str, Any] = {**raw, "architecture": _architecture(raw["architecture"])}
+    return Card(**values)
 
 
 def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
@@ -110,19 +112,21 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
         raise CheckpointError(
             f"Expected weights with sha256 {card.weights_sha256} in {folder.name}; got {got}."
         )
-    model = card.architecture.build(Noise(0))
     try:
+        model = card.architecture.build(Noise(0))
         model.load_state_dict(load(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"The weights do not fit the card's architecture: {error}") from error
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"Expected weights of the architecture in {folder.name}'s card; got {error}"
+        ) from error
     return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
 
 
 def _architecture(raw: dict[str, Any]) -> Architecture:
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     try:
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return Architecture(**lists)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"Expected an architecture of this version; got {error}.") from error
 
 

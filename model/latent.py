@@ -17,10 +17,10 @@ is another `Proposal`; nobody outside this module assumes one Gaussian layer.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from model.masks import Incomplete
@@ -43,6 +43,7 @@ PerParticle = Float[Tensor, "batch particles"]
 Pixels = Float[Tensor, "batch particles channels height width"]
 
 
+@runtime_checkable
 class Proposal(Protocol):
     """A distribution of z for each image of a batch, from which particles are drawn."""
 
@@ -51,7 +52,7 @@ class Proposal(Protocol):
         ...
 
     def log_density(self, latents: Latents) -> PerParticle:
-        """log q(z)."""
+        """The logarithm of q(z)."""
         ...
 
     def divergence(self) -> Float[Tensor, " batch"]:
@@ -120,7 +121,7 @@ class StandardNormal:
         return noise.at("prior").normal(count, self.latent, like=like)
 
     def log_density(self, latents: Latents) -> PerParticle:
-        """log p(z)."""
+        """The logarithm of p(z)."""
         return -0.5 * (latents.square().sum(-1) + math.log(2 * math.pi) * self.latent)
 
 
@@ -129,7 +130,7 @@ class Bernoulli:
     """Binary pixels, whose parameters are logits."""
 
     def log_density(self, logits: Pixels, images: Incomplete) -> tuple[PerParticle, PerParticle]:
-        """log p(x_o | z), and E log p(x_m | z) under p(x_m | z) itself, which has no gradient."""
+        """Both log p(x_o | z) and E log p(x_m | z) under p(x_m | z) itself, without gradient."""
         observed = images.observed.flatten(1).to(logits)
         seen = images.values.flatten(1) * observed
         return _BernoulliLogDensity.apply(logits.flatten(2), seen, observed)  # pyright: ignore[reportReturnType]
@@ -137,7 +138,7 @@ class Bernoulli:
     def log_density_of(
         self, logits: Pixels, values: Float[Tensor, "batch ..."], where: Bool[Tensor, "batch ..."]
     ) -> PerParticle:
-        """log p of some pixels of known values."""
+        """The log-probability of some pixels of known values."""
         return self.log_density(logits, Incomplete.hide(values, where))[0]
 
     def mean(self, logits: Pixels) -> Pixels:
@@ -148,8 +149,12 @@ class Bernoulli:
         """E[x² | z]."""
         return logits.sigmoid()
 
-    def sample(self, logits: Pixels, uniforms: Pixels) -> Pixels:
-        """x ~ p(x | z), from numbers that are uniform on [0, 1)."""
+    def sample(
+        self,
+        logits: Float[Tensor, "*batch channels height width"],
+        uniforms: Float[Tensor, "*batch channels height width"],
+    ) -> Float[Tensor, "*batch channels height width"]:
+        """Pixels x ~ p(x | z), from numbers that are uniform on [0, 1)."""
         return (uniforms < logits.sigmoid()).to(logits)
 
 
@@ -198,12 +203,12 @@ class Particles:
 
     @property
     def log_joint(self) -> PerParticle:
-        """log p(x_o, z)."""
+        """The logarithm of p(x_o, z)."""
         return self.log_likelihood + self.log_prior
 
     @property
     def log_weights(self) -> PerParticle:
-        """log p(x_o, z) − log q(z)."""
+        """The logarithm of w = p(x_o, z) / q(z)."""
         return self.log_joint - self.proposal.log_density(self.latents)
 
 
@@ -303,7 +308,7 @@ class LatentVariableModel(nn.Module):
         """The images with x_m ~ p(x_m | z) for each of the latents."""
         logits = self.decoder(latents)
         sample = self.likelihood.sample(logits, noise.uniform(*logits.shape, like=logits))
-        return Incomplete(images.values[:, None], images.observed[:, None]).fill(sample)
+        return torch.where(images.observed[:, None], images.values[:, None], sample)
 
     def particles(self, images: Incomplete, proposal: Proposal, latents: Latents) -> Particles:
         """The log-densities of these latents, which the proposal drew."""
@@ -316,7 +321,8 @@ class LatentVariableModel(nn.Module):
         """Images from the model itself."""
         latents = self.prior.draw(count, noise, like=next(self.parameters()))
         logits = self.decoder(latents)
-        return self.likelihood.sample(logits, noise.at("pixels").uniform(*logits.shape, like=logits))
+        uniforms = noise.at("pixels").uniform(*logits.shape, like=logits)
+        return self.likelihood.sample(logits, uniforms)
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,8 @@ $$ \log \hat p(x_o) = \log \tfrac1K \sum_k w_k, \qquad
 The first is a lower bound in expectation.
 The second is a normalised distribution over $x_m$ for any particles, so that no bad proposal can
 flatter it. Both are folds over blocks of particles, and their standard errors are Monte Carlo
-errors by the delta method: of the first $\sqrt{1/\mathrm{ESS} - 1/K}$, of the second that of a ratio.
+errors by the delta method: of the first $\sqrt{1/\mathrm{ESS} - 1/K}$, of the second that of
+a ratio.
 They are not to be believed when the Pareto shape $\hat k$ of the weights is above 0.7.
 """
 
@@ -60,7 +61,7 @@ def finish(stages: Stages[T]) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """An estimate of a log-probability for each image, in nats, with what is known of its error."""
+    """An estimate of each image's log-probability, in nats, and what is known of its error."""
 
     value: Float[Tensor, " batch"]
     standard_error: Float[Tensor, " batch"]
@@ -113,7 +114,7 @@ def blocks(
     particles: int,
     proposal: str = "adapted",
 ) -> Iterator[Particles]:
-    """So many particles of each image, a block at a time; more of them begin with the same ones."""
+    """So many particles of each image in blocks; more of them begin with the same ones."""
     distribution = PROPOSALS[proposal](model, images, noise.at("proposal"))
     for index in range(math.ceil(particles / BLOCK)):
         latents = distribution.draw(BLOCK, noise.at("block", index))
@@ -130,7 +131,7 @@ def score(
     proposal: str = "adapted",
     truth: Float[Tensor, "batch channels height width"] | None = None,
 ) -> Stages[Scores]:
-    """log p(x_o) of each image and, where the complete images are given, log p(x_m | x_o)."""
+    """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o)."""
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
     for block in blocks(model, images, noise, particles=particles, proposal=proposal):
@@ -183,7 +184,7 @@ class Predictive:
         )
 
     def estimate(self, sums: WeightSums) -> Estimate:
-        """log p(x_m | x_o), given the sums of the same particles' weights."""
+        """The estimate of log p(x_m | x_o), given the sums of the same particles' weights."""
         relative = (
             1 / self.joint.effective_sample_size
             + 1 / sums.effective_sample_size

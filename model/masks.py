@@ -3,7 +3,8 @@ r"""Images with holes, and the mechanisms that make the holes.
 An image is a pair $x = (x_o, x_m)$ of observed and missing pixels.
 It is carried as values and a mask of the same shape,
 
-$$ x = (v, o), \qquad o_d = 1 \text{ where pixel } d \text{ was seen}, \qquad v_d = 0 \text{ where } o_d = 0, $$
+$$ x = (v, o), \qquad o_d = 1 \text{ where pixel } d \text{ was seen}, \qquad
+   v_d = 0 \text{ where } o_d = 0, $$
 
 so that what is missing can never leak into a computation.
 A mechanism draws $o$ without looking at $v$ (missing completely at random).
@@ -12,6 +13,7 @@ A mechanism draws $o$ without looking at $v$ (missing completely at random).
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Generator, Tensor
 __all__ = ["MECHANISMS", "Incomplete", "Mechanism", "MechanismError", "mechanism"]
 
 ImageShape = tuple[int, int, int]
+Number = TypeVar("Number", int, float)
 Mechanism = Callable[[int, ImageShape, Generator], Bool[Tensor, "batch channels height width"]]
 """Draws which pixels are observed of so many images of one shape."""
 
@@ -153,18 +156,17 @@ def _strokes(argument: str) -> Mechanism:
 
 
 def _file(argument: str) -> Mechanism:
-    array = np.load(Path(argument), allow_pickle=False)
-    missing = torch.from_numpy(array > 0 if array.dtype == np.bool_ else array > 127)
+    missing = _masks_of(Path(argument))
 
     def draw(count: int, shape: ImageShape, generator: Generator) -> Tensor:
-        masks = missing.reshape(-1, *missing.shape[-2:])
-        if masks.shape[1:] != shape[1:]:
+        if missing.shape[1:] != shape[1:]:
             raise MechanismError(
                 f"Expected masks of {shape[1]}x{shape[2]} pixels in {Path(argument).name}; "
-                f"got {masks.shape[1]}x{masks.shape[2]}."
+                f"got {missing.shape[1]}x{missing.shape[2]}."
             )
-        picked = torch.randint(len(masks), (count,), generator=generator)
-        return _every_channel(~masks[torch.arange(count) if len(masks) == count else picked], shape)
+        picked = torch.randint(len(missing), (count,), generator=generator)
+        own = torch.arange(count) if len(missing) == count else picked
+        return _every_channel(~missing[own], shape)
 
     return draw
 
@@ -188,11 +190,32 @@ FORMS = (
     "file:MASKS.npy (true, or above 127, is missing)",
 )
 
+NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
+MISSING_ABOVE = 127
 
-def _number(argument: str, kind: type, low: float, high: float) -> int | float:
-    value = kind(argument)
+
+def _masks_of(path: Path) -> Bool[Tensor, "masks height width"]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except EOFError as error:
+        raise ValueError("Expected an array of masks; got an empty file.") from error
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0:  # noqa: PLR2004
+        raise ValueError(
+            "Expected an array of masks, each of height x width; "
+            f"got {getattr(array, 'shape', 'several arrays')}."
+        )
+    missing = array if array.dtype == np.bool_ else array > MISSING_ABOVE
+    return torch.from_numpy(missing).reshape(-1, *array.shape[-2:])
+
+
+def _number(argument: str, kind: type[Number], low: Number, high: Number) -> Number:
+    expected = f"Expected {NAMES[kind]} from {low} to {high}; got {argument!r}."
+    try:
+        value = kind(argument)
+    except ValueError as error:
+        raise ValueError(expected) from error
     if not low <= value <= high:
-        raise ValueError(f"Expected a number from {low} to {high}; got {argument}.")
+        raise ValueError(expected)
     return value
 
 

@@ -29,6 +29,7 @@ class MlpEncoder(nn.Module):
     def forward(
         self, values: Float[Tensor, "*batch channels height width"]
     ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch latent"]]:
+        """The mean and the logarithm of the standard deviation of q(z | x)."""
         mean, log_std = self.layers(values.flatten(-3)).chunk(2, dim=-1)
         return mean, log_std
 
@@ -47,6 +48,7 @@ class MlpDecoder(nn.Module):
     def forward(
         self, latents: Float[Tensor, "*batch latent"]
     ) -> Float[Tensor, "*batch channels height width"]:
+        """The parameters of p(x | z), a plane a channel."""
         return self.layers(latents).unflatten(-1, self.image_shape)
 
 

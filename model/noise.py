@@ -13,15 +13,27 @@ and training that was interrupted goes on as if it had not been.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-__all__ = ["Noise", "NoisePerImage", "Source"]
+__all__ = ["MAX_SEED", "Noise", "NoisePerImage", "Source", "image_seed"]
+
+MAX_SEED = 2**53 - 1
+"""The largest integer that every reader of JSON keeps."""
 
 
+def image_seed(seed: int, index: int) -> int:
+    """The seed of one image of a request: alone, with this seed, it gets the same answer.
+
+    The first image's is the request's.
+    """
+    return seed if index == 0 else _hashed(seed, "image", index) & MAX_SEED
+
+
+@runtime_checkable
 class Source(Protocol):
     """Gives random numbers for a batch of images; what a draw is for decides what it gets."""
 
@@ -29,11 +41,11 @@ class Source(Protocol):
         """The source for one part of the work, independent of every other part's."""
         ...
 
-    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """Independent N(0, 1) numbers of the dtype and on the device of `like`."""
         ...
 
-    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """Independent numbers from [0, 1) of the dtype and on the device of `like`."""
         ...
 
@@ -51,16 +63,14 @@ class Noise:
 
     def generator(self, device: torch.device | str = "cpu") -> Generator:
         """A fresh generator; the same seed and path give the same one."""
-        key = "/".join(map(str, (self.seed, *self.path)))
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+        return Generator(device).manual_seed(_hashed(self.seed, *self.path))
 
-    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """N(0, 1) numbers from one generator."""
         generator = self.generator(like.device)
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
-    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """Uniform numbers from one generator."""
         generator = self.generator(like.device)
         return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -78,18 +88,23 @@ class NoisePerImage:
     @classmethod
     def of(cls, seed: int, images: Sequence[int]) -> "NoisePerImage":
         """The sources of the images with these indices in a request of this seed."""
-        return cls(tuple(Noise(seed).at("image", image) for image in images))
+        return cls(tuple(Noise(image_seed(seed, image)) for image in images))
 
     def at(self, *path: int | str) -> "NoisePerImage":
         """The sources for one part of the work."""
         return NoisePerImage(tuple(noise.at(*path) for noise in self.noises))
 
-    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """N(0, 1) numbers, image by image."""
         drawn = [torch.randn(shape[1:], generator=noise.generator()) for noise in self.noises]
         return torch.stack(drawn).to(like)
 
-    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, "batch *rest"]:
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """Uniform numbers, image by image."""
         drawn = [torch.rand(shape[1:], generator=noise.generator()) for noise in self.noises]
         return torch.stack(drawn).to(like)
+
+
+def _hashed(*path: int | str) -> int:
+    key = "/".join(map(str, path)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

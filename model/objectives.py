@@ -1,6 +1,7 @@
 r"""What is maximised: the objectives, each a row of one table.
 
-With $w_k = p(x_o, z_k) / q(z_k)$, $\tilde w = w / \sum w$ (detached) and $z_k \sim q$ reparameterised:
+With $w_k = p(x_o, z_k) / q(z_k)$, $\tilde w = w / \sum w$ (detached)
+and $z_k \sim q$ reparameterised:
 
 $$ \text{VAE} = \tfrac1K \sum_k \log w_k, \qquad \text{IWAE} = \log \tfrac1K \sum_k w_k, \qquad
    \hat Q = \sum_k \tilde w_k \log p(x_o, z_k; \theta). $$
@@ -56,7 +57,7 @@ def elbo_analytic(particles: Particles) -> Float[Tensor, " batch"]:
 
 
 def iwae(particles: Particles) -> Float[Tensor, " batch"]:
-    """log (1/K) Σ w (Burda, Grosse and Salakhutdinov, 2016)."""
+    """The logarithm of (1/K) Σ w (Burda, Grosse and Salakhutdinov, 2016)."""
     return log_mean_exp(particles.log_weights)
 
 
@@ -72,7 +73,11 @@ def optimal(particles: Particles) -> Float[Tensor, " batch"]:
 
 
 def doubly_reparameterised(particles: Particles) -> Float[Tensor, " batch"]:
-    """The DReG estimator of IWAE's φ-gradient, Σ w̃² ∇_z log w (Tucker et al., 2018)."""
+    """The DReG estimator of IWAE's φ-gradient, Σ w̃² ∇_z log w (Tucker et al., 2018).
+
+    It is unbiased for independent particles. Those of a mixture use its components evenly and
+    so depend on each other: with several imputations it is off by a little.
+    """
     w = normalise(particles.log_weights).detach()
     log_w = particles.log_joint - particles.proposal.detach().log_density(particles.latents)
     return (w.square() * log_w).sum(-1)

@@ -3,7 +3,8 @@ r"""The algebra of log-weights.
 Importance sampling gives weights $w_k = p(x_o, z_k) / q(z_k)$ whose mean estimates $p(x_o)$.
 They are kept as $\log w_k$ and, since $K$ may be larger than memory, summed by folds:
 a state takes one block of particles after another, `state = state.update(block)`.
-With $S = \sum_k w_k$ before a block and $B$ the block's sum, the block's share is $s = B / (S + B)$, and
+With $S = \sum_k w_k$ before a block and $B$ the block's sum,
+the block's share is $s = B / (S + B)$, and
 
 $$ m \leftarrow (1 - s)\, m + s \sum_{k \in \text{block}} \tfrac{w_k}{B}\, v_k, \qquad
    \text{slot} \leftarrow \begin{cases} z_k,\ k \sim w_k / B & \text{with probability } s \\
@@ -15,7 +16,7 @@ Nothing here knows a model.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -93,7 +94,7 @@ class WeightSums:
 
     @property
     def log_mean(self) -> Float[Tensor, " batch"]:
-        """log (1/K) Σ w, the importance-sampling estimate of log p(x_o)."""
+        """The logarithm of (1/K) Σ w, the importance-sampling estimate of log p(x_o)."""
         return self.log_sum - math.log(self.particles)
 
     @property
@@ -116,7 +117,7 @@ class WeightSums:
 class Mean:
     """Fold: the self-normalised weighted mean of vectors."""
 
-    value: Float[Tensor, "batch *shape"] | float = 0.0
+    value: Float[Tensor, " *batch_and_shape"] = field(default_factory=lambda: torch.zeros(()))
 
     def update(
         self,
@@ -188,7 +189,7 @@ def pareto_k(largest: Float[Tensor, "batch tail"]) -> Float[Tensor, " batch"]:
 def resample(
     log_weights: Float[Tensor, "batch particles"], uniforms: Float[Tensor, "batch draws"]
 ) -> Int[Tensor, "batch draws"]:
-    """Which particle each number from [0, 1) picks, with probability proportional to its weight."""
+    """Which particle each number from [0, 1) picks, by the particles' weights."""
     cumulative = normalise(log_weights.double()).cumsum(-1)
     index = torch.searchsorted(cumulative, uniforms.double() * cumulative[:, -1:], right=True)
     return index.clamp(max=log_weights.shape[-1] - 1)

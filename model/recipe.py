@@ -1,0 +1,261 @@
+"""Recipes: how a checkpoint is made, as a TOML file, as flags of the command line, as JSON.
+
+A field is written once, in `Recipe` or in `Architecture`: the names that a file may use, the
+flags, their types and their help are read from there. Values are checked where a recipe is made,
+so that one that cannot be followed fails before anything is loaded.
+"""
+
+import ast
+import inspect
+import json
+import math
+import tomllib
+from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from model.latent import LIKELIHOODS, Architecture
+from model.masks import MechanismError, mechanism
+from model.networks import DECODERS, ENCODERS
+from model.objectives import OBJECTIVES, P_STEPS
+
+__all__ = [
+    "FIELDS",
+    "Recipe",
+    "RecipeError",
+    "add_flags",
+    "read_recipe",
+    "shipped",
+    "stored_recipe",
+    "to_json",
+]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a checkpoint is made; the defaults are the protocol of the slides."""
+
+    data: str = "static-mnist"
+    """A data set's name, a .npz file or a folder of PNG images."""
+    missing: str = "none"
+    """Which pixels the training images lack, such as none, patches:3 or file:MASKS.npy."""
+    redraw: bool = False
+    """Whether each image's mask is drawn anew every epoch rather than once."""
+    binarise: str = "threshold"
+    """threshold: above 127 is one; bernoulli: drawn anew in every batch from the grey level."""
+    objective: str = "miss-iwem"
+    """What is maximised."""
+    p_step: str = "slides"
+    """What the encoder climbs in the objectives of separate steps."""
+    particles: int = 50
+    """Importance samples of each image in a step."""
+    imputations: int = 1
+    """Fillings of each image's holes that the encoder sees in an objective of two passes."""
+    architecture: Architecture = field(default_factory=Architecture)
+    batch: int = 100
+    """Images in a step."""
+    epochs: int = 1500
+    """Passes over the training images, at most."""
+    learning_rate: float = 3e-4
+    """Of Adam."""
+    schedule: str = "constant"
+    """Of the learning rate: constant, or cosine: down to zero at the last epoch."""
+    anneal_epochs: int = 100
+    """Epochs in which an annealed objective moves from the ELBO to its own."""
+    patience: int = 50
+    """Epochs without a better validation bound, after the annealing, that end the training."""
+    precision: str = "highest"
+    """Of matrix products: highest (fp32), high (TF32) or medium (bf16 products, fp32 sums)."""
+    seed: int = 0
+    """The same recipe with the same seed gives the same weights."""
+
+    def __post_init__(self) -> None:
+        flat = _flat(self)
+        for name, known in CHOICES.items():
+            if flat[name] not in known:
+                raise RecipeError(f"Expected {name} of {', '.join(known)}; got {flat[name]!r}.")
+        for name, least in LEAST.items():
+            if flat[name] < least:
+                raise RecipeError(f"Expected {name} of at least {least}; got {flat[name]}.")
+        if not all(width >= 1 for width in self.architecture.hidden):
+            raise RecipeError(f"Expected hidden widths of at least 1; got {flat['hidden']}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise RecipeError(f"Expected a positive learning_rate; got {self.learning_rate}.")
+        try:
+            mechanism(self.missing)
+        except MechanismError as error:
+            raise RecipeError(str(error)) from error
+
+
+CHOICES: Mapping[str, Collection[str]] = {
+    "binarise": ("threshold", "bernoulli"),
+    "objective": OBJECTIVES,
+    "p_step": P_STEPS,
+    "schedule": ("constant", "cosine"),
+    "precision": ("highest", "high", "medium"),
+    "encoder": ENCODERS,
+    "decoder": DECODERS,
+    "likelihood": LIKELIHOODS,
+}
+LEAST = {
+    "particles": 1,
+    "imputations": 1,
+    "latent": 1,
+    "batch": 1,
+    "epochs": 1,
+    "anneal_epochs": 0,
+    "patience": 1,
+}
+KINDS: Mapping[Any, str] = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple[int, ...]: "whole numbers",
+}
+SIZES: Mapping[str, Any] = {
+    f.name: f.type for f in fields(Architecture) if f.name != "image_shape"
+}
+"""What a recipe says of the networks; the images' shape is that of the data."""
+FIELDS: Mapping[str, Any] = {
+    f.name: f.type for f in fields(Recipe) if f.name != "architecture"
+} | dict(SIZES)
+"""The type of every name that a recipe may use."""
+
+
+def read_recipe(source: str | None, **changes: Any) -> Recipe:
+    """The recipe of a TOML file, or one that comes with the package, with some values changed.
+
+    A change to None is none.
+
+    Raises:
+        RecipeError: No such recipe, an unknown name in it, or a value that cannot be.
+    """
+    return _recipe((_from_toml(source) if source else {}) | _given(changes))
+
+
+def stored_recipe(path: Path, **changes: Any) -> Recipe:
+    """The recipe that `to_json` wrote, with some values changed.
+
+    Raises:
+        RecipeError: The file is damaged, or of another version.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        flat = {**raw, **raw["architecture"]}
+        del flat["architecture"], flat["image_shape"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"Expected a recipe in {path}; got: {error!r}") from error
+    return _recipe(flat | _given(changes))
+
+
+def to_json(recipe: Recipe) -> str:
+    """The recipe as JSON."""
+    return json.dumps(asdict(recipe), indent=2) + "\n"
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with the package."""
+    files = (resources.files("model") / "recipes").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Adds a flag for each name that a recipe may use; one that is not given is None."""
+    defaults, docs = _flat(Recipe()), _docs(Recipe) | _docs(Architecture)
+    for name, kind in FIELDS.items():
+        flag, doc = f"--{name.replace('_', '-')}", docs.get(name, "")
+        if name in CHOICES and name not in doc:
+            doc = f"{doc} One of {', '.join(CHOICES[name])}.".lstrip()
+        about = f"{doc} Default: {_shown(defaults[name])}.".lstrip().replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=BooleanOptionalAction, help=about)
+        else:
+            read = kind if kind in (str, int, float) else _whole_numbers
+            parser.add_argument(flag, type=read, help=about, metavar=_metavar(name, kind))
+
+
+def _recipe(raw: Mapping[str, Any]) -> Recipe:
+    if unknown := sorted(raw.keys() - FIELDS.keys()):
+        raise RecipeError(f"Expected names of {', '.join(FIELDS)}; got {', '.join(unknown)}.")
+    typed = {name: _typed(name, value) for name, value in raw.items()}
+    sizes = {name: typed.pop(name) for name in SIZES if name in typed}
+    return Recipe(architecture=Architecture(**sizes), **typed)
+
+
+def _typed(name: str, value: Any) -> Any:
+    kind: Any = FIELDS[name]
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind == tuple[int, ...] and isinstance(value, list | tuple):
+        widths = tuple(value)
+        fits = all(type(width) is int for width in widths)
+        value = widths if fits else value
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise RecipeError(f"Expected {name} as {KINDS[kind]}; got {value!r}.")
+    return value
+
+
+def _from_toml(source: str) -> dict[str, Any]:
+    path = Path(source)
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(path.read_text())
+        if source in shipped():
+            return tomllib.loads(
+                (resources.files("model") / "recipes" / f"{source}.toml").read_text()
+            )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"Expected a recipe in {source}; got: {error}") from error
+    raise RecipeError(f"Expected a .toml file or one of {', '.join(shipped())}; got {source!r}.")
+
+
+def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {
+        name: getattr(recipe.architecture if name in SIZES else recipe, name) for name in FIELDS
+    }
+
+
+def _docs(owner: type) -> dict[str, str]:
+    """The sentence below each field of a class, where its source is at hand."""
+    try:
+        (definition,) = ast.parse(inspect.getsource(owner)).body
+    except OSError:
+        return {}
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
+    return {
+        above.target.id: str(below.value.value)
+        for above, below in pairwise(body)
+        if isinstance(above, ast.AnnAssign)
+        and isinstance(above.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _metavar(name: str, kind: Any) -> str:
+    if name in CHOICES:
+        return "NAME"
+    return {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N,…")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""The service: a trained model behind HTTP and a command line."""

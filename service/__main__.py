@@ -1,0 +1,5 @@
+"""`python -m service` is `miss-iwem`."""
+
+from service.cli import app
+
+app()

@@ -1,0 +1,352 @@
+"""The routes: validate by type, hand jobs to the engine, return."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Annotated, Any, TypedDict, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from service import codec, schemas
+from service.codec import Picture
+from service.engine import (
+    MAX_SEED,
+    Card,
+    Engine,
+    Estimate,
+    Imputation,
+    Impute,
+    Sample,
+    Score,
+    Scoring,
+    image_seed,
+)
+from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady
+from service.multipart import MultipartRoute
+
+__all__ = ["ClientGone", "State", "health", "router"]
+
+T = TypeVar("T")
+
+
+class State(TypedDict):
+    """What lives as long as the application."""
+
+    engine: Engine
+    default_model: str
+    codecs: ThreadPoolExecutor
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads the answer."""
+
+
+def _state(request: Request) -> State:
+    return request.state._state
+
+
+Here = Annotated[State, Depends(_state)]
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
+    }
+    for status, description in {
+        400: "The body is not what it says it is.",
+        404: "There is no such model.",
+        413: "More bytes or work than one request may bring.",
+        415: "Not an image or array that can be read.",
+        422: "A field with a value that it cannot have.",
+        429: "The queue is full; see Retry-After.",
+        500: "A fault of ours.",
+        503: "Starting or shutting down.",
+    }.items()
+}
+PICTURE = {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
+
+
+def _form(*files: str, **fields: str) -> dict[str, Any]:
+    """The multipart form beside a JSON body, in the API's description."""
+    properties = {name: {"type": "string", "format": "binary"} for name in files}
+    properties |= {name: {"type": kind} for name, kind in fields.items()}
+    schema = {"type": "object", "required": ["image"], "properties": properties}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
+
+
+router = APIRouter(prefix="/v1", responses=PROBLEMS)
+forms = APIRouter(route_class=MultipartRoute)
+health = APIRouter()
+
+
+@forms.post(
+    "/impute",
+    response_model=schemas.ImputeResponse,
+    responses={
+        200: PICTURE,
+        406: {**PROBLEMS[404], "description": "Several images, one picture."},
+    },
+    openapi_extra=_form(
+        "image",
+        "mask",
+        model="string",
+        draws="integer",
+        particles="integer",
+        seed="integer",
+        outputs="string",
+        encoding="string",
+    ),
+)
+async def impute(
+    body: schemas.ImputeRequest,
+    request: Request,
+    here: Here,
+    accept: Annotated[str, Header()] = "application/json",
+) -> Any:
+    """Complete images: posterior mean, standard deviation and independent draws.
+
+    With `Accept: image/png` the answer is the one completed picture: the mean, or the draw when
+    `outputs` is `draws`.
+    """
+    name, card = _model(here, body.model)
+    seed = _seed(body.seed)
+    as_picture = "image/png" in accept
+    if as_picture and len(body.images) != 1:
+        raise NotAcceptable.of("images", "one image for image/png", str(len(body.images)))
+    pictures = await _read(here, [(i.image, i.mask, None) for i in body.images], card)
+    jobs = [
+        Impute(
+            model=name,
+            values=picture.values,
+            missing=picture.missing,
+            particles=body.particles,
+            draws=max(body.draws, int(as_picture)),
+            seed=image_seed(seed, index),
+        )
+        for index, (picture, _) in enumerate(pictures)
+    ]
+    done: list[Imputation] = await _while_connected(request, here["engine"].submit(jobs))
+    work = _picture if as_picture else _imputed
+    return await _in_pool(here, work, body, name, seed, [p for p, _ in pictures], done)
+
+
+@forms.post(
+    "/log-likelihood",
+    openapi_extra=_form(
+        "image", "mask", "truth", model="string", particles="integer", seed="integer"
+    ),
+)
+async def log_likelihood(
+    body: schemas.LogLikelihoodRequest, request: Request, here: Here
+) -> schemas.LogLikelihoodResponse:
+    """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
+    name, card = _model(here, body.model)
+    seed = _seed(body.seed)
+    pictures = await _read(here, [(i.image, i.mask, i.truth) for i in body.images], card)
+    jobs = [
+        Score(
+            model=name,
+            values=picture.values,
+            missing=picture.missing,
+            truth=None if truth is None else truth.values,
+            particles=body.particles,
+            seed=image_seed(seed, index),
+        )
+        for index, (picture, truth) in enumerate(pictures)
+    ]
+    done: list[Scoring] = await _while_connected(request, here["engine"].submit(jobs))
+    results = [
+        schemas.Scored(
+            id=item.id,
+            log_likelihood=_estimate(scoring.log_likelihood),
+            conditional=scoring.conditional and _estimate(scoring.conditional),
+            seed=job.seed,
+            binarised=_is_grey(picture),
+        )
+        for item, job, (picture, _), scoring in zip(body.images, jobs, pictures, done, strict=True)
+    ]
+    return schemas.LogLikelihoodResponse(model=name, results=results)
+
+
+@router.post("/samples")
+async def samples(
+    body: schemas.SamplesRequest, request: Request, here: Here
+) -> schemas.SamplesResponse:
+    """Draw images from the model itself."""
+    name, _ = _model(here, body.model)
+    seed = _seed(body.seed)
+    job = Sample(model=name, count=body.count, seed=seed)
+    (drawn,) = await _while_connected(request, here["engine"].submit([job]))
+    encoded = [codec.encode(image, body.encoding) for image in drawn]
+    return schemas.SamplesResponse(model=name, samples=encoded, seed=seed)
+
+
+@router.get("/models")
+async def models(here: Here) -> schemas.Models:
+    """List the models."""
+    summaries = [
+        schemas.ModelSummary(
+            name=name,
+            default=name == here["default_model"],
+            image_shape=card.architecture.image_shape,
+            likelihood=card.architecture.likelihood,
+            objective=card.objective,
+            missing=card.missing,
+            weights_sha256=card.weights_sha256,
+        )
+        for name, card in here["engine"].cards().items()
+    ]
+    return schemas.Models(models=summaries)
+
+
+@router.get("/models/{name}")
+async def model(name: str, here: Here) -> dict[str, Any]:
+    """Show all that is known about a model: its card."""
+    return asdict(here["engine"].card(name))
+
+
+@health.get("/health/live")
+async def live() -> schemas.Health:
+    """Say that the process answers."""
+    return schemas.Health(status="ok")
+
+
+@health.get("/health/ready", responses={503: PROBLEMS[503]})
+async def ready(here: Here) -> schemas.Health:
+    """Say that the models are loaded and the engine does its work."""
+    if not here["engine"].ready:
+        raise NotReady("The engine is starting, shutting down or stuck.")
+    return schemas.Health(status="ok")
+
+
+@health.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    """Lead to the documentation."""
+    return RedirectResponse("docs")
+
+
+router.include_router(forms)
+
+
+def _model(here: State, name: str | None) -> tuple[str, Card]:
+    chosen = here["default_model"] if name is None else name
+    return chosen, here["engine"].card(chosen)
+
+
+def _seed(given: int | None) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if given is None else given
+
+
+async def _read(
+    here: State, items: list[tuple[Any, Any, Any]], card: Card
+) -> list[tuple[Picture, Picture | None]]:
+    """The pictures with their holes, and the truths where they were sent."""
+    shape = card.architecture.image_shape
+
+    def read() -> list[tuple[Picture, Picture | None]]:
+        pictures: list[tuple[Picture, Picture | None]] = []
+        for index, (image, mask, truth) in enumerate(items):
+            field = f"images[{index}]"
+            picture = codec.read_picture(image, mask, field, shape)
+            pictures.append((picture, truth and _truth(truth, f"{field}.truth", shape)))
+        return pictures
+
+    return await _in_pool(here, read)
+
+
+def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
+    truth = codec.read_picture(encoded, None, field, shape)
+    if truth.missing.any():
+        raise BadInput.of(field, "a complete image", f"{int(truth.missing.sum())} missing pixels")
+    return truth
+
+
+def _imputed(
+    body: schemas.ImputeRequest,
+    name: str,
+    seed: int,
+    pictures: list[Picture],
+    done: list[Imputation],
+) -> Response:
+    results = [
+        schemas.Imputed(
+            id=item.id,
+            mean=_output("mean", body, lambda p=p, d=d: p.completed(d.mean)),
+            draws=_outputs(body, p, d),
+            std=_output("std", body, lambda d=d: d.std),
+            log_likelihood=_estimate(d.log_likelihood),
+            seed=image_seed(seed, index),
+            binarised=_is_grey(p),
+        )
+        for index, (item, p, d) in enumerate(zip(body.images, pictures, done, strict=True))
+    ]
+    return JSONResponse(schemas.ImputeResponse(model=name, results=results).model_dump())
+
+
+def _picture(
+    body: schemas.ImputeRequest,
+    name: str,
+    seed: int,
+    pictures: list[Picture],
+    done: list[Imputation],
+) -> Response:
+    ((picture,), (imputation,)) = pictures, done
+    chosen = imputation.draws[0] if body.outputs == ["draws"] else imputation.mean
+    headers = {
+        "X-Seed": str(seed),
+        "X-Model": name,
+        "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
+        "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
+    }
+    return Response(
+        codec.to_png(picture.completed(chosen)), media_type="image/png", headers=headers
+    )
+
+
+def _output(name: str, body: schemas.ImputeRequest, pixels: Callable[[], Any]) -> Any:
+    return codec.encode(pixels(), body.encoding) if name in body.outputs else None
+
+
+def _outputs(body: schemas.ImputeRequest, picture: Picture, done: Imputation) -> list[Any] | None:
+    if "draws" not in body.outputs:
+        return None
+    return [codec.encode(picture.completed(draw), body.encoding) for draw in done.draws]
+
+
+def _estimate(estimate: Estimate) -> schemas.Estimate:
+    return schemas.Estimate(**asdict(estimate))
+
+
+def _is_grey(picture: Picture) -> bool:
+    seen = picture.values[:, ~picture.missing]
+    return bool(((seen != 0) & (seen != 1)).any())
+
+
+async def _in_pool(here: State, work: Callable[..., T], *arguments: Any) -> T:
+    """Reading and writing pictures away from the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(here["codecs"], work, *arguments)
+
+
+async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
+    """The answer, unless the client leaves first: then the work is dropped.
+
+    Nothing else does this: a handler goes on when its client has gone.
+    """
+    work = asyncio.ensure_future(answer)
+    left = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return await work
+    finally:
+        work.cancel()
+        left.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,167 @@
+"""The application: what it is built from, what lives as long as it, and how failures leave it."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from http import HTTPStatus
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import api, schemas
+from service.engine import Engine
+from service.errors import (
+    MEDIA_TYPE,
+    BadInput,
+    BadRequest,
+    Failed,
+    FieldError,
+    Problem,
+    TooLarge,
+    problem_document,
+)
+from service.settings import Settings
+
+__all__ = ["create_app"]
+
+log = logging.getLogger(__name__)
+CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; nothing is opened before it starts."""
+    app = FastAPI(
+        title="miss-IWEM",
+        summary="Several honest completions, with a likelihood, for images with missing pixels.",
+        version=metadata.version("miss-iwem"),
+        lifespan=_lifespan(settings),
+        responses={422: {"model": schemas.ProblemDocument}},
+    )
+    app.add_middleware(ProblemDocuments, max_body=settings.max_body)
+    app.exception_handler(Problem)(_problem)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_refused)
+    app.exception_handler(api.ClientGone)(_gone)
+    app.exception_handler(Exception)(_fault)
+    app.include_router(api.router, max_body_size=settings.max_body)
+    app.include_router(api.health)
+    return app
+
+
+def _lifespan(
+    settings: Settings,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[api.State]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[api.State]:
+        engine = Engine(
+            settings.checkpoints,
+            device=settings.device,
+            threads=settings.threads,
+            max_request=settings.max_request,
+            max_waiting=settings.max_waiting,
+        )
+        await asyncio.to_thread(engine.start)
+        with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
+            yield api.State(engine=engine, default_model=settings.model, codecs=codecs)
+        await asyncio.to_thread(engine.stop, seconds=settings.drain)
+
+    return lifespan
+
+
+async def _problem(_request: Request, problem: Problem) -> Response:
+    return _answer(problem.document(), problem.headers)
+
+
+async def _invalid(_request: Request, invalid: RequestValidationError) -> Response:
+    errors = [error for error in invalid.errors() if error["type"] == "json_invalid"]
+    if errors:
+        reason = errors[0].get("ctx", {}).get("error", "")
+        return _answer(
+            BadRequest(f"Expected a JSON body; got text that is not: {reason}.").document()
+        )
+    fields = [_field_error(error) for error in invalid.errors()]
+    return _answer(BadInput(" ".join(map(str, fields)), *fields).document())
+
+
+def _field_error(error: dict[str, Any]) -> FieldError:
+    path = error["loc"][1:]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    got = "nothing" if error["type"] == "missing" else _short(repr(error.get("input")))
+    expected = EXPECTED.get(error["type"]) or _lower(error["msg"])
+    return FieldError(name.lstrip(".") or "body", expected, got)
+
+
+EXPECTED = {"missing": "a value", "extra_forbidden": "no field of this name"}
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
+
+
+async def _refused(_request: Request, refusal: HTTPException) -> Response:
+    document = _framework_document(refusal.status_code, str(refusal.detail))
+    return _answer(document, dict(refusal.headers or {}))
+
+
+async def _gone(_request: Request, _gone: api.ClientGone) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _fault(_request: Request, _error: Exception) -> Response:
+    return _answer(Failed("The service failed; its log says why.").document())
+
+
+def _answer(document: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        json.dumps(document), document["status"], headers=headers, media_type=MEDIA_TYPE
+    )
+
+
+class ProblemDocuments:
+    """Turns the failures that the framework words itself, such as 413, into problem documents."""
+
+    def __init__(self, app: ASGIApp, *, max_body: int) -> None:
+        self.app = app
+        self.max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on but foreign failures."""
+        foreign: list[int] = []
+
+        async def translate(message: Message) -> None:
+            if message["type"] == "http.response.start" and _is_foreign(message):
+                foreign.append(message["status"])
+            elif foreign and not message.get("more_body"):
+                await self._document(foreign.pop())(scope, receive, send)
+            elif not foreign:
+                await send(message)
+
+        await self.app(scope, receive, translate)
+
+    def _document(self, status: int) -> Response:
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return _answer(
+                TooLarge.of("body", f"at most {self.max_body} bytes", "more").document()
+            )
+        return _answer(_framework_document(status, HTTPStatus(status).phrase))
+
+
+def _is_foreign(start: Message) -> bool:
+    kind = dict(start["headers"]).get(b"content-type", b"").decode()
+    return start["status"] >= HTTPStatus.BAD_REQUEST and bool(kind) and kind != MEDIA_TYPE
+
+
+def _framework_document(status: int, detail: str) -> dict[str, Any]:
+    slug = HTTPStatus(status).phrase.lower().replace(" ", "-")
+    return problem_document(status, slug, detail)

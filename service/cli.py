@@ -1,0 +1,168 @@
+"""The command line, `miss-iwem`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service.app import create_app
+from service.settings import Settings
+
+__all__ = ["app", "serve"]
+
+app = typer.Typer(
+    help="Several honest completions, with a likelihood, for images with missing pixels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def serve(
+    *,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder of the checkpoints.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
+) -> None:
+    """Serve over HTTP; every setting is also an environment variable MISS_IWEM_<NAME>."""
+    flags: dict[str, Any] = {
+        "http_host": host,
+        "http_port": port,
+        "checkpoints": checkpoints,
+        "device": device,
+        "threads": threads,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        _fail(str(error))
+    uvicorn.run(
+        create_app(settings),
+        host=settings.http_host,
+        port=settings.http_port,
+        timeout_graceful_shutdown=int(settings.drain),
+    )
+
+
+@app.command(context_settings=PASS_ON)
+def train(context: typer.Context) -> None:
+    """Train a model: RECIPE, or --data with --missing; --help lists everything."""
+    from model.train import main  # noqa: PLC0415  (the service needs no training code)
+
+    sys.exit(main(context.args))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint.")],
+    *,
+    images: Annotated[int, typer.Option(help="Test images of the predictive score.")] = 1000,
+    particles: Annotated[int, typer.Option(help="Particles of the predictive score.")] = 1000,
+    raw_images: Annotated[int | None, typer.Option(help="Test images of `raw`; all.")] = None,
+    raw_particles: Annotated[int, typer.Option(help="Particles of `raw`.")] = 5000,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    seed: int = 0,
+) -> None:
+    """Measure a checkpoint on its test images and write the results into its card."""
+    import torch  # noqa: PLC0415
+
+    from model.evaluate import evaluate as measure  # noqa: PLC0415
+
+    torch.set_num_threads(threads)
+    try:
+        card = measure(
+            folder,
+            images=images,
+            particles=particles,
+            raw_images=raw_images,
+            raw_particles=raw_particles,
+            seed=seed,
+        )
+    except ValueError as error:
+        _fail(str(error))
+    _show(card.results)
+
+
+@app.command()
+def picture(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    *,
+    missing: Annotated[str, typer.Option(help="What is hidden, such as patches:6.")] = "patches:3",
+    images: int = 10,
+    draws: int = 5,
+    ambiguous: Annotated[bool, typer.Option(help="Those whose draws differ most.")] = False,
+    seed: int = 0,
+) -> None:
+    """Draw test images as columns: the truth, what was seen, the mean, and completions."""
+    from model.evaluate import picture as draw  # noqa: PLC0415
+
+    try:
+        draw(
+            folder,
+            path,
+            missing=missing,
+            images=images,
+            draws=draws,
+            ambiguous=ambiguous,
+            seed=seed,
+        )
+    except ValueError as error:
+        _fail(str(error))
+
+
+@app.command()
+def models(
+    folder: Annotated[Path, typer.Argument(help="Folder of checkpoints.")] = Path("checkpoints"),
+) -> None:
+    """List the checkpoints of a folder."""
+    from model.checkpoint import CheckpointError, read_card  # noqa: PLC0415
+
+    table = Table("name", "objective", "missing", "data", "epochs", "validation bound")
+    for path in sorted(folder.glob("[!.]*/card.json")):
+        try:
+            card = read_card(path.parent)
+        except CheckpointError as error:
+            _fail(str(error))
+        table.add_row(
+            card.name,
+            card.objective,
+            card.missing,
+            str(card.data["name"]),
+            str(card.training["epochs"]),
+            str(card.training["validation_bound"]),
+        )
+    Console().print(table)
+
+
+@data_app.command()
+def fetch(name: str) -> None:
+    """Download a data set's public files, checked by their SHA-256."""
+    from model import data  # noqa: PLC0415
+
+    try:
+        for path in data.fetch(name):
+            typer.echo(path)
+    except data.DataError as error:
+        _fail(str(error))
+
+
+def _show(results: dict[str, Any]) -> None:
+    typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)

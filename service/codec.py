@@ -1,0 +1,239 @@
+"""Pictures and arrays on the wire, to and from numpy; the only part of the service that sees PIL.
+
+What comes in keeps its own kind (8-bit levels, or floats from 0 to 1), so that observed pixels
+can go out exactly as they came. Sizes are read from headers and checked before any pixel is.
+"""
+
+import base64
+import binascii
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from service.errors import BadInput, UnknownFormat
+
+__all__ = ["Picture", "Shape", "encode", "read_mask", "read_picture", "to_png"]
+
+Shape = tuple[int, int, int]
+Encoded = str | list[Any]
+NPY = b"\x93NUMPY"
+MAX_LEVEL, MASK_CUT, MAX_AXES = 255, 127, 3
+NUMBERS = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
+EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image with its holes."""
+
+    pixels: np.ndarray
+    """As they came, channels first: uint8 levels from 0 to 255, or floats from 0 to 1."""
+    missing: np.ndarray
+    """Height by width."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """The pixels as floats from 0 to 1, zero where missing."""
+        scaled = self.pixels / 255 if self.pixels.dtype == np.uint8 else self.pixels
+        return np.where(self.missing, 0.0, scaled).astype(np.float32)
+
+    def completed(self, imputed: np.ndarray) -> np.ndarray:
+        """The pixels as they came, and imputed ones (floats from 0 to 1) where missing."""
+        if self.pixels.dtype == np.uint8:
+            imputed = (imputed * 255).round()
+        return np.where(self.missing, imputed, self.pixels).astype(self.pixels.dtype)
+
+
+def read_picture(image: Encoded, mask: Encoded | None, field: str, shape: Shape) -> Picture:
+    """The image that base64 text or nested lists hold, and which of its pixels are missing.
+
+    Missing is what the mask says, and besides alpha 0 and null; without a mask NaN too.
+
+    Raises:
+        UnknownFormat: The bytes are no image or array.
+        BadInput: Another size, more than one frame, values out of range, or NaN or infinity
+            where nothing is missing.
+    """
+    pixels, missing = _decode(image, f"{field}.image", shape)
+    if mask is not None:
+        missing = missing | read_mask(mask, f"{field}.mask", shape)
+    elif pixels.dtype != np.uint8:
+        missing = missing | np.isnan(pixels).any(0)
+    _check_range(pixels[:, ~missing], f"{field}.image")
+    return Picture(pixels, missing)
+
+
+def read_mask(value: Encoded, field: str, shape: Shape) -> np.ndarray:
+    """Height by width, true where missing: above 127 in a picture, true or nonzero otherwise."""
+    size = (1, *shape[1:])
+    if isinstance(value, list):
+        array = _nested(value, field)
+    elif (data := _base64(value, field)).startswith(NPY):
+        array = _npy(data, field)
+    else:
+        return np.asarray(_open(data, field, shape).convert("L")) > MASK_CUT
+    array = _channels_first(array, field, size)[0]
+    if not (np.mod(array, 1) == 0).all() or array.min(initial=0) < 0 or array.max() > MAX_LEVEL:
+        raise BadInput.of(field, "true and false, or 0 and 1, or levels to 255", "other numbers")
+    return array > (0 if array.max(initial=0) <= 1 else MASK_CUT)
+
+
+def encode(pixels: np.ndarray, encoding: str) -> Any:
+    """The pixels, channels first, as base64 PNG, base64 NPY or nested lists."""
+    if encoding == "list":
+        floats = pixels / 255 if pixels.dtype == np.uint8 else pixels
+        return floats.squeeze(0).tolist() if len(pixels) == 1 else floats.tolist()
+    data = to_png(pixels) if encoding == "png" else _to_npy(pixels)
+    return base64.b64encode(data).decode()
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """The pixels, channels first, as a PNG of eight bits."""
+    levels = pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _to_npy(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, pixels[0] if len(pixels) == 1 else pixels, allow_pickle=False)
+    return out.getvalue()
+
+
+def _base64(text: str, field: str) -> bytes:
+    try:
+        return base64.b64decode(
+            text.partition(",")[2] if text[:5] == "data:" else text, validate=True
+        )
+    except (binascii.Error, ValueError) as error:
+        raise BadInput.of(field, "base64 text", f"text that is not ({error})") from error
+
+
+def _open(data: bytes, field: str, shape: Shape) -> Image.Image:
+    """The picture, opened and of the right size, with its pixels read."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadInput.of(field, _size(shape), f"a decompression bomb ({error})") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UnknownFormat.of(
+            field, f"a picture ({', '.join(FORMATS)}) or an NPY array", _beginning(data)
+        ) from error
+    if image.size != (shape[2], shape[1]):
+        raise BadInput.of(field, _size(shape), f"{image.height}x{image.width}")
+    if (frames := getattr(image, "n_frames", 1)) != 1:
+        raise BadInput.of(field, "one frame", f"{frames}")
+    if image.mode not in EIGHT_BIT:
+        raise BadInput.of(field, "grey or colour of 8 bits", f"mode {image.mode}")
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput.of(field, "a whole picture", f"one that is damaged ({error})") from error
+
+
+def _decode(value: Encoded, field: str, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels, channels first, and those that the image itself says are missing."""
+    if isinstance(value, list):
+        array = _channels_first(_nested(value, field), field, shape)
+        return _levels_or_floats(array), np.asarray(np.isnan(array).any(0))
+    data = _base64(value, field)
+    if data.startswith(NPY):
+        array = _channels_first(_npy(data, field), field, shape)
+        return _levels_or_floats(array), np.zeros(shape[1:], bool)
+    return _from_image(_open(data, field, shape), field, shape[0])
+
+
+def _from_image(image: Image.Image, field: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    rgba = np.asarray(image.convert("RGBA"))
+    colour, alpha = rgba[..., :3], rgba[..., 3]
+    seen = alpha > 0
+    if channels == 1:
+        if (colour[seen] != colour[seen][:, :1]).any():
+            raise BadInput.of(field, "a grey picture", f"colours (mode {image.mode})")
+        colour = colour[..., :1]
+    return np.ascontiguousarray(colour.transpose(2, 0, 1)), ~seen
+
+
+def _levels_or_floats(array: np.ndarray) -> np.ndarray:
+    """Integers as levels to 255 where one is above 1, and everything else as floats."""
+    if array.dtype.kind == "f":
+        return array
+    if array.max(initial=0) <= 1 and array.min(initial=0) >= 0:
+        return array.astype(np.float32)
+    return array if array.dtype == np.uint8 else _fitting(array)
+
+
+def _fitting(array: np.ndarray) -> np.ndarray:
+    in_range = array.min(initial=0) >= 0 and array.max(initial=0) <= MAX_LEVEL
+    return array.astype(np.uint8) if in_range else array
+
+
+def _check_range(seen: np.ndarray, field: str) -> None:
+    top = 1 if seen.dtype.kind == "f" else MAX_LEVEL
+    if not np.isfinite(seen).all():
+        stray = int((~np.isfinite(seen)).any(0).sum())
+        raise BadInput.of(
+            field, "finite numbers where nothing is missing", f"NaN or infinity in {stray} pixels"
+        )
+    if seen.size and not (seen.min() >= 0 and seen.max() <= top):
+        raise BadInput.of(
+            field, f"values from 0 to {top}", f"values from {seen.min()} to {seen.max()}"
+        )
+
+
+def _nested(value: list[Any], field: str) -> np.ndarray:
+    """An array of floats from nested lists, whose nulls become NaN."""
+    try:
+        array = np.array(value, dtype=object)
+    except ValueError:
+        array = np.array(None)
+    flat = array.ravel().tolist()
+    if not 0 < array.ndim <= MAX_AXES or not all(_is_number(v) for v in flat):
+        raise BadInput.of(
+            field, "rows of equally many finite numbers, true, false or null", "other lists"
+        )
+    return array.astype(bool if all(isinstance(v, bool) for v in flat) else np.float64)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and np.isfinite(value))
+
+
+def _npy(data: bytes, field: str) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+        raise BadInput.of(field, "an NPY array without objects", str(error)) from error
+    if array.dtype.type not in NUMBERS:
+        raise BadInput.of(field, "booleans, integers or floats", f"an array of {array.dtype}")
+    return array
+
+
+def _channels_first(array: np.ndarray, field: str, shape: Shape) -> np.ndarray:
+    channels, height, width = shape
+    readings: dict[tuple[int, ...], Callable[[], np.ndarray]] = {
+        (channels, height, width): lambda: array,
+        (height, width, channels): lambda: array.transpose(2, 0, 1),
+    }
+    if channels == 1:
+        readings[(height, width)] = lambda: array[None]
+    if array.shape not in readings:
+        got = "x".join(map(str, array.shape)) or "a number"
+        raise BadInput.of(field, _size(shape), got)
+    return readings[array.shape]()
+
+
+def _size(shape: Shape) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} pixels" + (f" of {channels} channels" if channels > 1 else "")
+
+
+def _beginning(data: bytes) -> str:
+    return f"{len(data)} bytes that begin with {data[:8]!r}" if data else "no bytes"

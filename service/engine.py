@@ -1,0 +1,391 @@
+"""The engine: one thread that owns the model, and the only part of the service that imports it.
+
+Work is one image at a time in blocks of particles. Every round takes one block from each image
+that is being worked on, so that no request waits for another's thousand blocks; an image never
+shares a computation with another, so that its answer has the same bits whoever its neighbours are.
+Admission is bounded by particles that wait, and refuses beyond; what was cancelled is dropped at
+its next block; an image that fails, fails alone.
+"""
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import checkpoint, imputation, likelihood
+from model.checkpoint import Card, Checkpoint, CheckpointError
+from model.likelihood import Stages
+from model.masks import Incomplete
+from model.noise import MAX_SEED, Noise, NoisePerImage, image_seed
+from service.errors import Failed, NotReady, Overloaded, Problem, TooLarge, UnknownModel
+
+__all__ = [
+    "MAX_SEED",
+    "Card",
+    "Engine",
+    "Estimate",
+    "Imputation",
+    "Impute",
+    "Job",
+    "Sample",
+    "Score",
+    "Scoring",
+    "image_seed",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of a log-probability of one image."""
+
+    value: float
+    standard_error: float
+    effective_sample_size: float
+    pareto_k: float | None
+    reliable: bool
+    particles: int
+    estimator: str
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """What an image's holes may have held; floats from 0 to 1, channels first."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    draws: np.ndarray
+    log_likelihood: Estimate
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How likely an image is."""
+
+    log_likelihood: Estimate
+    conditional: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impute:
+    """The job of completing one image."""
+
+    model: str
+    values: np.ndarray
+    missing: np.ndarray
+    particles: int
+    draws: int
+    seed: int
+
+    @property
+    def cost(self) -> int:
+        """Rows that the decoder will see."""
+        return self.particles + self.draws
+
+    def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Imputation]:
+        """The work, a block at a time."""
+        done = yield from imputation.impute(
+            model,
+            _incomplete(self.values, self.missing, model.device),
+            NoisePerImage.of(self.seed, [0]),
+            particles=self.particles,
+            draws=self.draws,
+        )
+        return Imputation(
+            done.mean[0].cpu().numpy(),
+            done.std[0].cpu().numpy(),
+            done.draws[0].cpu().numpy(),
+            _estimate(done.log_likelihood),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The job of scoring one image."""
+
+    model: str
+    values: np.ndarray
+    missing: np.ndarray
+    truth: np.ndarray | None
+    particles: int
+    seed: int
+
+    @property
+    def cost(self) -> int:
+        """Rows that the decoder will see."""
+        return self.particles
+
+    def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Scoring]:
+        """The work, a block at a time."""
+        truth = None
+        if self.truth is not None:
+            truth = _binary(self.truth, model.device)[None]
+        scores = yield from likelihood.score(
+            model,
+            _incomplete(self.values, self.missing, model.device),
+            NoisePerImage.of(self.seed, [0]),
+            particles=self.particles,
+            truth=truth,
+        )
+        conditional = scores.conditional and _estimate(scores.conditional)
+        return Scoring(_estimate(scores.log_likelihood), conditional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The job of drawing images from the model."""
+
+    model: str
+    count: int
+    seed: int
+
+    @property
+    def cost(self) -> int:
+        """Rows that the decoder will see."""
+        return self.count
+
+    def stages(self, model: checkpoint.LatentVariableModel) -> Stages[np.ndarray]:
+        """The work, an image at a time."""
+        images: list[np.ndarray] = []
+        for index in range(self.count):
+            images.append(model.sample(1, Noise(image_seed(self.seed, index)))[0].cpu().numpy())
+            yield
+        return np.stack(images)
+
+
+Job = Impute | Score | Sample
+
+
+@dataclass
+class _Task:
+    """A job on its way."""
+
+    job: Job
+    future: Future[Any] = field(default_factory=Future)
+    stages: Stages[Any] | None = None
+
+
+class Engine:
+    """Admits jobs, works on them in turn, and answers each exactly once."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        device: str = "auto",
+        threads: int = 1,
+        max_request: int = 2_000_000,
+        max_waiting: int = 4_000_000,
+    ) -> None:
+        self._folder = checkpoints
+        self._device = (
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+        self._threads = threads
+        self._max_request, self._max_waiting = max_request, max_waiting
+        self._models: dict[str, Checkpoint] = {}
+        self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._rate = 50_000.0
+        self._open = False
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Loads every checkpoint and begins to admit jobs.
+
+        Raises:
+            CheckpointError: A checkpoint that cannot be trusted, or none at all.
+        """
+        for name in self._names():
+            self._models[name] = checkpoint.read(self._folder / name, device=self._device)
+        if not self._models:
+            raise CheckpointError(f"Expected checkpoints in {self._folder}; got none.")
+        self._thread.start()
+        self._open = True
+
+    def stop(self, *, seconds: float) -> None:
+        """Admits no more, and gives what was admitted so long to finish."""
+        self._open = False
+        self._inbox.put(None)
+        self._thread.join(seconds)
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are admitted and the thread has lately come round."""
+        idle = self._waiting == 0
+        return self._open and self._thread.is_alive() and (idle or self._since_beat() < STUCK)
+
+    def cards(self) -> dict[str, Card]:
+        """The card of each model, by name."""
+        return {name: self.card(name) for name in sorted({*self._models, *self._names()})}
+
+    def card(self, name: str) -> Card:
+        """A model's card; a folder that has appeared since the start counts.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        if name not in self._models and name in self._names():
+            try:
+                read = checkpoint.read(self._folder / name, device=self._device)
+            except CheckpointError as error:
+                raise Failed(str(error)) from error
+            self._models[name] = read
+        if name not in self._models:
+            known = ", ".join(sorted(self._models))
+            raise UnknownModel.of("model", f"one of {known}", repr(name[:80]))
+        return self._models[name].card
+
+    async def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        """The results of one request's jobs, in their order; leaving early drops the work.
+
+        Raises:
+            TooLarge: The jobs are more than any request may bring.
+            Overloaded: Too much is waiting.
+            NotReady: The engine is starting or stopping.
+        """
+        tasks = self._admit(jobs)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
+        finally:
+            for task in tasks:
+                task.future.cancel()
+
+    def _admit(self, jobs: Sequence[Job]) -> list[_Task]:
+        cost = sum(job.cost for job in jobs)
+        if cost > self._max_request:
+            raise TooLarge.of(
+                "particles",
+                f"at most {self._max_request} in a request, over all its images and draws",
+                str(cost),
+            )
+        tasks = [_Task(job) for job in jobs]
+        with self._lock:
+            if not self._open:
+                raise NotReady("The service is starting or shutting down.")
+            if self._waiting and self._waiting + cost > self._max_waiting:
+                seconds = math.ceil(self._waiting / self._rate)
+                raise Overloaded(
+                    waiting=self._waiting + cost, limit=self._max_waiting, seconds=seconds
+                )
+            self._waiting += cost
+            for task in tasks:
+                self._inbox.put(task)
+        return tasks
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        active: list[_Task] = []
+        stopping = False
+        with torch.inference_mode():
+            while not (stopping and not active):
+                stopping |= self._receive(active, block=not active and not stopping)
+                self._beat = time.monotonic()
+                active = [task for task in active if self._advance(task)]
+
+    def _receive(self, active: list[_Task], *, block: bool) -> bool:
+        """Moves what has queued to the active tasks; says whether the end is among it."""
+        stopping = False
+        while True:
+            try:
+                task = self._inbox.get(block=block)
+            except queue.Empty:
+                return stopping
+            block = False
+            if task is None:
+                stopping = True
+            else:
+                active.append(task)
+
+    def _advance(self, task: _Task) -> bool:
+        """Does a task's next block; says whether there are more."""
+        if task.future.cancelled():
+            self._leave(task)
+            return False
+        try:
+            started = time.monotonic()
+            if task.stages is None:
+                task.stages = task.job.stages(self._models[task.job.model].model)
+            next(task.stages)
+            self._measure(time.monotonic() - started)
+        except StopIteration as done:
+            self._answer(task, result=done.value)
+        except Problem as problem:
+            self._answer(task, problem=problem)
+        except Exception:
+            log.exception("A job failed.")
+            self._answer(task, problem=Failed("The model failed on this image."))
+        else:
+            return True
+        return False
+
+    def _answer(self, task: _Task, *, result: Any = None, problem: Problem | None = None) -> None:
+        self._leave(task)
+        try:
+            if problem is None:
+                task.future.set_result(result)
+            else:
+                task.future.set_exception(problem)
+        except InvalidStateError:
+            return  # cancelled in the meantime: there is nobody to answer
+
+    def _leave(self, task: _Task) -> None:
+        with self._lock:
+            self._waiting -= task.job.cost
+
+    def _measure(self, seconds: float) -> None:
+        """Moves the rate, in particles a second, towards that of a block."""
+        if seconds > 0:
+            self._rate += 0.02 * (likelihood.BLOCK / seconds - self._rate)
+
+    def _since_beat(self) -> float:
+        return time.monotonic() - self._beat
+
+    def _names(self) -> list[str]:
+        if not self._folder.is_dir():
+            return []
+        found = [p.parent.name for p in self._folder.glob("[!.]*/card.json")]
+        return sorted(found)
+
+
+STUCK = 30.0
+"""Seconds after which an engine that has not come round is not ready: no block takes so long."""
+
+
+def _incomplete(values: np.ndarray, missing: np.ndarray, device: torch.device) -> Incomplete:
+    seen = torch.from_numpy(~missing).expand(values.shape).to(device)
+    return Incomplete.hide(_binary(values, device)[None], seen[None])
+
+
+def _binary(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Grey levels above 127 are one: what `threshold` means in a card."""
+    return (torch.from_numpy(values) > THRESHOLD).float().to(device)
+
+
+THRESHOLD = 127.5 / 255
+
+
+def _estimate(estimate: likelihood.Estimate) -> Estimate:
+    k = estimate.pareto_k.item()
+    return Estimate(
+        value=estimate.value.item(),
+        standard_error=estimate.standard_error.item(),
+        effective_sample_size=estimate.effective_sample_size.item(),
+        pareto_k=k if math.isfinite(k) else None,
+        reliable=bool(estimate.reliable.item()),
+        particles=estimate.particles,
+        estimator=estimate.estimator,
+    )

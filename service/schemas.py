@@ -1,0 +1,223 @@
+"""The wire: what requests may hold and what answers hold."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from service.example import IMAGE, MASK
+
+__all__ = [
+    "Estimate",
+    "Health",
+    "ImputeRequest",
+    "ImputeResponse",
+    "Imputed",
+    "Item",
+    "LogLikelihoodRequest",
+    "LogLikelihoodResponse",
+    "ModelSummary",
+    "Models",
+    "ProblemDocument",
+    "SamplesRequest",
+    "SamplesResponse",
+    "Scored",
+    "TruthItem",
+]
+
+MAX_IMAGES, MAX_DRAWS, MAX_PARTICLES, MAX_SAMPLES, MAX_SEED = 256, 100, 1_000_000, 256, 2**53 - 1
+
+Encoding = Literal["png", "npy", "list"]
+Pixels = Annotated[
+    str | list[Any],
+    Field(
+        description="Base64 of a PNG, JPEG, WebP, TIFF (8-bit, one frame) or NPY file, or nested "
+        "lists of rows. Arrays hold floats from 0 to 1, or integers: 0 and 1 when none is larger, "
+        "levels to 255 otherwise. Missing by themselves: alpha 0, null in lists, NaN in NPY."
+    ),
+]
+MaskPixels = Annotated[
+    str | list[Any],
+    Field(
+        description="Which pixels are missing: levels above 127 in a picture, true or 1 in "
+        "arrays. Same size as the image."
+    ),
+]
+ModelName = Annotated[
+    str | None, Field(description="A name of /v1/models; the server's own choice if left out.")
+]
+Particles = Annotated[
+    StrictInt,
+    Field(ge=1, le=MAX_PARTICLES, description="Importance samples an image; more are more exact."),
+]
+Seed = Annotated[
+    StrictInt | None,
+    Field(
+        ge=0,
+        le=MAX_SEED,
+        description="The same request with the same seed has the same answer to the last bit. "
+        "Drawn and returned if left out.",
+    ),
+]
+
+
+class Strict(BaseModel):
+    """A request, in which an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Item(Strict):
+    """An image with holes."""
+
+    id: str | None = Field(None, max_length=128, description="Comes back with the result.")
+    image: Pixels
+    mask: MaskPixels | None = None
+
+
+class TruthItem(Item):
+    """An image with holes and, where it is known, what was behind them."""
+
+    truth: Pixels | None = Field(
+        None, description="The complete image: log p(missing | observed) is returned of it."
+    )
+
+
+class ImputeRequest(Strict):
+    """Images to complete."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"images": [{"id": "a", "image": IMAGE, "mask": MASK}], "draws": 3, "seed": 7}
+            ]
+        }
+    )
+    model: ModelName = None
+    images: list[Item] = Field(min_length=1, max_length=MAX_IMAGES)
+    draws: StrictInt = Field(1, ge=0, le=MAX_DRAWS, description="Completions an image.")
+    particles: Particles = 1000
+    seed: Seed = None
+    outputs: list[Literal["mean", "draws", "std"]] = ["mean", "draws", "std"]
+    encoding: Encoding = "png"
+
+
+class LogLikelihoodRequest(Strict):
+    """Images to score."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"images": [{"image": IMAGE, "mask": MASK}], "seed": 7}]}
+    )
+    model: ModelName = None
+    images: list[TruthItem] = Field(min_length=1, max_length=MAX_IMAGES)
+    particles: Particles = 1000
+    seed: Seed = None
+
+
+class SamplesRequest(Strict):
+    """How many images to draw from the model."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"count": 4, "seed": 7}]})
+    model: ModelName = None
+    count: StrictInt = Field(1, ge=1, le=MAX_SAMPLES)
+    seed: Seed = None
+    encoding: Encoding = "png"
+
+
+class Estimate(BaseModel):
+    """An estimate of a log-probability in nats, with what is known of its error."""
+
+    value: float
+    standard_error: float = Field(description="Monte Carlo, by the delta method.")
+    effective_sample_size: float
+    pareto_k: float | None = Field(
+        description="Shape of the weights' tail; null with too few particles to tell."
+    )
+    reliable: bool = Field(description="Whether the standard error may be believed: k below 0.7.")
+    particles: int
+    estimator: str
+
+
+class Imputed(BaseModel):
+    """A completed image; outputs that were not asked for are null."""
+
+    id: str | None
+    mean: Any = Field(description="Posterior mean where missing; observed pixels as they came.")
+    draws: list[Any] | None = Field(description="Independent completions, each a possible image.")
+    std: Any = Field(description="Posterior standard deviation; zero where observed.")
+    log_likelihood: Estimate
+    seed: int = Field(description="With it this image alone gets this result again.")
+    binarised: bool = Field(description="Whether grey levels were cut at 127 for the model.")
+
+
+class ImputeResponse(BaseModel):
+    """The results, in the order of the images."""
+
+    model: str
+    results: list[Imputed]
+
+
+class Scored(BaseModel):
+    """The log-likelihood of an image's observed pixels."""
+
+    id: str | None
+    log_likelihood: Estimate
+    conditional: Estimate | None = Field(description="log p(missing | observed) of the truth.")
+    seed: int
+    binarised: bool
+
+
+class LogLikelihoodResponse(BaseModel):
+    """The results, in the order of the images."""
+
+    model: str
+    results: list[Scored]
+
+
+class SamplesResponse(BaseModel):
+    """Images drawn from the model."""
+
+    model: str
+    samples: list[Any]
+    seed: int
+
+
+class ModelSummary(BaseModel):
+    """A model that can be asked for by name."""
+
+    name: str
+    default: bool
+    image_shape: tuple[int, int, int]
+    likelihood: str
+    objective: str
+    missing: str
+    weights_sha256: str
+
+
+class Models(BaseModel):
+    """The models of this server."""
+
+    models: list[ModelSummary]
+
+
+class Health(BaseModel):
+    """Whether the service does its work."""
+
+    status: Literal["ok"]
+
+
+class ProblemField(BaseModel):
+    """A field of the request that was wrong."""
+
+    field: str
+    expected: str
+    got: str
+
+
+class ProblemDocument(BaseModel):
+    """An RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[ProblemField]

@@ -1,0 +1,45 @@
+"""What the service is told from outside: environment variables, or flags of `miss-iwem serve`."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["Settings", "processors"]
+
+
+class Settings(BaseSettings):
+    """Read once, at the start; each name is an environment variable MISS_IWEM_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="MISS_IWEM_", frozen=True)
+
+    checkpoints: Path = Field(Path("checkpoints"), description="Folder of the checkpoints.")
+    model: str = Field(
+        "static-mnist-miss-iwem", description="The model of requests that do not name one."
+    )
+    http_host: str = Field("127.0.0.1", description="Address to listen on.")
+    http_port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks one.")
+    device: str = Field("auto", description="auto, cpu or cuda.")
+    threads: PositiveInt = Field(
+        default_factory=lambda: max(1, int(processors()) - 1),
+        description="Threads of the model; by default all processors that may be used but one.",
+    )
+    max_body: PositiveInt = Field(32 * 2**20, description="Bytes of a request's body.")
+    max_request: PositiveInt = Field(
+        2_000_000, description="Particles of one request, images times particles."
+    )
+    max_waiting: PositiveInt = Field(
+        4_000_000, description="Particles that may wait; more are refused with 429."
+    )
+    drain: PositiveFloat = Field(20.0, description="Seconds that running requests get at the end.")
+
+
+def processors() -> float:
+    """How many processors this process may use, by affinity and by the control group's quota."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else min(allowed, int(quota) / int(period))

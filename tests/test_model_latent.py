@@ -1,0 +1,372 @@
+"""Proposals, likelihood and the model against torch's distributions and quadrature."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli as TorchBernoulli,
+)
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    kl_divergence,
+)
+
+from model.latent import Architecture, Bernoulli, GaussianMixture, Proposal, StandardNormal
+from model.masks import Incomplete
+from model.noise import Noise, NoisePerImage, Source
+from tests.conftest import (
+    Quadrature,
+    copies,
+    every_image,
+    fixed_model,
+    some_incomplete,
+    standard_errors,
+)
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+LIKE = torch.zeros((), dtype=torch.float64)
+
+
+def _mixture(components: int, *, batch: int = 1, latent: int = 2) -> GaussianMixture:
+    """A mixture whose components differ in place and width."""
+    shape = (1, components, latent)
+    mean = 1.5 * Noise(1).normal(*shape, like=LIKE)
+    log_std = 0.4 * Noise(2).normal(*shape, like=LIKE)
+    return GaussianMixture(mean.repeat(batch, 1, 1), log_std.repeat(batch, 1, 1))
+
+
+def _torch(mixture: GaussianMixture) -> MixtureSameFamily:
+    return MixtureSameFamily(
+        Categorical(logits=torch.zeros(mixture.mean.shape[:2], dtype=torch.float64)),
+        Independent(Normal(mixture.mean, mixture.log_std.exp()), 1),
+    )
+
+
+@pytest.mark.parametrize("components", [1, 2, 7])
+def test_the_mixtures_density_is_that_of_torch(components: int):
+    """log_density is MixtureSameFamily's."""
+    mixture = _mixture(components, batch=3, latent=4)
+    z = 2 * Noise(3).normal(3, 5, 4, like=LIKE)
+
+    expected = _torch(mixture).log_prob(z.transpose(0, 1)).T
+    torch.testing.assert_close(mixture.log_density(z), expected, **EXACT)
+    torch.testing.assert_close(mixture.detach().log_density(z), expected, **EXACT)
+
+
+def test_the_priors_density_is_that_of_torch():
+    """log p(z) is that of independent standard normals."""
+    z = Noise(3).normal(3, 5, 4, like=LIKE)
+
+    expected = Normal(0, 1).log_prob(z).sum(-1)
+    torch.testing.assert_close(StandardNormal(4).log_density(z), expected, **EXACT)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_density_integrates_to_one(components: int):
+    """Over a grid of the line the density sums to one."""
+    grid = torch.arange(-30, 30, 0.05, dtype=torch.float64)[None, :, None]
+    density = _mixture(components, latent=1).log_density(grid).exp()
+
+    assert abs(density.sum().item() * 0.05 - 1) < 1e-10
+
+
+@pytest.mark.parametrize("particles", [6, 12, 14, 2])
+def test_draws_use_the_components_evenly(particles: int):
+    """No component is used twice before every other has been used."""
+    far = GaussianMixture(
+        1000.0 * torch.arange(6, dtype=torch.float64).reshape(1, 6, 1).repeat(50, 1, 1),
+        torch.zeros(50, 6, 1, dtype=torch.float64),
+    )
+    used = (far.draw(particles, Noise(0))[..., 0] / 1000).round().long()
+    counts = torch.nn.functional.one_hot(used, 6).sum(1)
+
+    assert (counts.amax(1) - counts.amin(1) <= 1).all()
+    assert (counts.sum(1) == particles).all()
+
+
+@pytest.mark.parametrize("particles", [1, 4, 5])
+def test_every_particle_is_by_itself_a_draw_from_the_mixture(particles: int):
+    """In each position every component is as likely, and the latent has its component's spread."""
+    far = GaussianMixture(
+        100.0 * torch.arange(4, dtype=torch.float64).reshape(1, 4, 1).repeat(4000, 1, 1),
+        torch.tensor([0.5, 1.0, 1.5, 2.0]).log().reshape(1, 4, 1).double().repeat(4000, 1, 1),
+    )
+    z = far.draw(particles, Noise(1))[..., 0]
+    used = (z / 100).round().long()
+    standard = (z - 100.0 * used) / (0.5 + 0.5 * used)
+
+    for position in range(particles):
+        assert chisquare(used[:, position].bincount(minlength=4)).pvalue > 1e-3
+        assert standard_errors(standard[:, position], 0.0).abs() < 4
+        assert standard_errors(standard[:, position].square(), 1.0).abs() < 4
+
+
+@pytest.mark.parametrize("particles", [1, 3, 8])
+@pytest.mark.parametrize("components", [1, 2, 5])
+def test_the_balance_heuristic_is_unbiased(components: int, particles: int):
+    """The mean of f(z) / q(z) is ∫ f, for any number of particles of any mixture."""
+    wide = _mixture(components, batch=20_000)
+    wide = GaussianMixture(wide.mean, wide.log_std.abs() + 0.2)
+    z = wide.draw(particles, Noise(4))
+    weights = (StandardNormal(2).log_density(z) - wide.log_density(z)).exp()
+
+    assert standard_errors(weights.mean(-1), 1.0).abs() < 4
+    assert standard_errors((weights[..., None] * z).mean(1), 0.0).abs().max() < 4
+
+
+def test_the_analytic_divergence_is_that_of_torch():
+    """KL(q ‖ p) is kl_divergence of normals."""
+    mixture = _mixture(1, batch=3, latent=4)
+    expected = kl_divergence(Normal(mixture.mean, mixture.log_std.exp()), Normal(0, 1))
+
+    torch.testing.assert_close(mixture.divergence(), expected.sum((1, 2)), **EXACT)
+
+
+def test_a_mixture_has_no_analytic_divergence():
+    """Asking for it names what was expected and what came."""
+    with pytest.raises(ValueError, match="Expected a proposal of one Gaussian .* mixture of 2"):
+        _mixture(2).divergence()
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_draws_are_reparameterised(components: int):
+    """∂z/∂μ is one and ∂z/∂log σ is z − μ for the component that drew each particle."""
+    mixture = _mixture(components)
+    mean, log_std = mixture.mean.requires_grad_(), mixture.log_std.requires_grad_()
+    z = GaussianMixture(mean, log_std).draw(components, Noise(5))
+    to_mean, to_log_std = torch.autograd.grad(z.sum(), [mean, log_std])
+
+    torch.testing.assert_close(to_mean, torch.ones_like(mean), **EXACT)
+    torch.testing.assert_close(to_log_std.sum(1), (z - mean).sum(1).detach(), **EXACT)
+
+
+def test_a_detached_proposal_carries_no_gradient():
+    """Its density still depends on z, and on no parameter."""
+    mixture = _mixture(2)
+    mixture.mean.requires_grad_()
+
+    assert not mixture.detach().log_density(torch.zeros(1, 1, 2).double()).requires_grad
+
+
+# The likelihood.
+
+
+def _pixels(*, extreme: float = 1.0) -> tuple[Tensor, Incomplete]:
+    images = some_incomplete(3)
+    return 3 * extreme * Noise(6).normal(3, 4, 1, 3, 3, like=LIKE), images
+
+
+@pytest.mark.parametrize("extreme", [1.0, 100.0])
+def test_the_likelihood_is_that_of_torch(extreme: float):
+    """The sums over observed and missing pixels are torch's log_prob and minus its entropy."""
+    logits, images = _pixels(extreme=extreme)
+    pixels, seen = TorchBernoulli(logits=logits), images.observed[:, None].double()
+    density, expected = Bernoulli().log_density(logits, images)
+
+    by_torch = (seen * pixels.log_prob(images.values[:, None])).sum((2, 3, 4))
+    torch.testing.assert_close(density, by_torch, **EXACT)
+    if extreme == 1:
+        entropy = ((1 - seen) * pixels.entropy()).sum((2, 3, 4))
+        torch.testing.assert_close(expected, -entropy, **EXACT)
+    assert (expected <= 1e-9).all()
+
+
+def test_the_likelihoods_gradient_is_that_of_finite_differences():
+    """Its hand-written derivative passes gradcheck, and the missing part has none."""
+    logits, images = _pixels()
+    logits.requires_grad_()
+
+    assert torch.autograd.gradcheck(lambda t: Bernoulli().log_density(t, images)[0], logits)
+    assert not Bernoulli().log_density(logits, images)[1].requires_grad
+
+
+def test_the_likelihood_ignores_what_a_hole_holds():
+    """NaN under the mask reaches neither the value nor the gradient."""
+    logits, images = _pixels()
+    dirty = Incomplete.hide(
+        torch.where(images.observed, images.values, torch.nan), images.observed
+    )
+
+    torch.testing.assert_close(
+        Bernoulli().log_density(logits, dirty), Bernoulli().log_density(logits, images)
+    )
+
+
+def test_the_density_of_some_pixels_is_a_sum():
+    """log p of the seen and of the unseen pixels add up to that of the image."""
+    logits, images = _pixels()
+    truth = some_incomplete(3, seed=9).values
+    likelihood = Bernoulli()
+    whole = likelihood.log_density(logits, Incomplete.complete(truth))[0]
+    parts = [
+        likelihood.log_density_of(logits, truth, where)
+        for where in (images.observed, ~images.observed)
+    ]
+
+    torch.testing.assert_close(sum(parts), whole, **EXACT)
+
+
+def test_samples_have_the_mean_and_mean_square_of_the_likelihood():
+    """x ~ p(x | z) is binary, with E[x | z] and E[x² | z] as they are said to be."""
+    logits, _ = _pixels()
+    likelihood, many = Bernoulli(), logits.repeat(1, 2000, 1, 1, 1)
+    x = likelihood.sample(many, Noise(8).uniform(*many.shape, like=many))
+    groups = x.reshape(3, 2000, 4, 1, 3, 3).transpose(0, 1)
+
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    for power, mean in ((1, likelihood.mean(logits)), (2, likelihood.mean_square(logits))):
+        error = (mean * (1 - mean) / 2000).sqrt()
+        assert ((groups**power).mean(0) - mean).abs().div(error).max() < 4.5
+
+
+# The model.
+
+
+def test_the_joint_density_sums_to_one():
+    """Σ_x ∫ p(x, z) dz = 1 over all 512 images of nine pixels, and each p(x) is the oracle's."""
+    model = fixed_model()
+    images, rule = Incomplete.complete(every_image()), Quadrature.of(model)
+    proposal = StandardProposal(2)
+    total = torch.zeros(512, dtype=torch.float64)
+    for part in rule.latents.split(2000):
+        particles = model.particles(images, proposal, part[None].expand(512, -1, -1))
+        total += particles.log_joint.exp().sum(-1) * 0.125**2
+
+    torch.testing.assert_close(total.log(), rule.log_likelihood(images), rtol=0, atol=1e-9)
+    assert abs(total.sum().item() - 1) < 1e-10
+
+
+class StandardProposal:
+    """The prior as a proposal: another member of the family, by its protocol alone."""
+
+    def __init__(self, latent: int) -> None:
+        self.prior = StandardNormal(latent)
+
+    def draw(self, particles: int, noise: Source) -> Tensor:
+        """Latents of one image from the prior."""
+        return noise.normal(1, particles, self.prior.latent, like=LIKE)
+
+    def log_density(self, latents: Tensor) -> Tensor:
+        """The prior's."""
+        return self.prior.log_density(latents)
+
+    def divergence(self) -> Tensor:
+        """Zero."""
+        return torch.zeros(1, dtype=torch.float64)
+
+    def detach(self) -> Proposal:
+        """Itself, since it has no parameters."""
+        return self
+
+
+def test_any_proposal_will_do():
+    """The particles take whatever keeps the protocol; with the prior w is p(x_o | z)."""
+    model, images, prior = fixed_model(), some_incomplete(1), StandardProposal(2)
+    particles = model.particles(images, prior, prior.draw(20, Noise(0)))
+
+    torch.testing.assert_close(particles.log_weights, particles.log_likelihood, **EXACT)
+
+
+def test_the_model_samples_its_own_distribution():
+    """Images drawn from the model have its probabilities p(x), by quadrature."""
+    model = fixed_model(image_shape=(1, 2, 2))
+    samples = model.sample(20_000, Noise(2))
+    codes = (samples.flatten(1) @ torch.tensor([8.0, 4.0, 2.0, 1.0]).double()).long()
+    p = Quadrature.of(model).log_likelihood(Incomplete.complete(every_image(2, 2))).exp()
+
+    assert chisquare(codes.bincount(minlength=16), 20_000 * p / p.sum()).pvalue > 1e-3
+
+
+def test_imputing_keeps_what_was_seen():
+    """Whatever the latents, observed pixels are the image's to the bit, the others binary."""
+    model, images = fixed_model(), some_incomplete()
+    z = Noise(0).normal(6, 5, 2, like=LIKE)
+    filled = model.impute(images, z, Noise(1))
+
+    seen = images.observed[:, None].expand_as(filled)
+    assert torch.equal(filled[seen], images.values[:, None].expand_as(filled)[seen])
+    assert set(filled[~seen].unique().tolist()) <= {0.0, 1.0}
+
+
+TWO_PASS: dict[str, Callable[[Incomplete, Source], GaussianMixture]] = {
+    "two_pass": lambda images, noise: fixed_model().two_pass(images, noise, imputations=3),
+    "adapted": lambda images, noise: fixed_model().adapted(images, noise, imputations=3),
+}
+
+
+@pytest.mark.parametrize("make", TWO_PASS.values(), ids=TWO_PASS.keys())
+def test_with_nothing_missing_every_proposal_is_the_encoders(
+    make: Callable[[Incomplete, Source], GaussianMixture],
+):
+    """There is nothing to impute: each component is q(z | x)."""
+    images = Incomplete.complete(some_incomplete().values)
+    proposal, plain = make(images, Noise(0)), fixed_model().zero_filled(images)
+
+    torch.testing.assert_close(proposal.mean, plain.mean.expand(-1, 3, -1), **EXACT)
+    torch.testing.assert_close(proposal.log_std, plain.log_std.expand(-1, 3, -1), **EXACT)
+
+
+def test_the_first_pass_fills_with_the_models_own_pixels():
+    """The two-pass proposal is the encoder's at x̆, where x̆_m ~ p(x_m | z̆), z̆ ~ q(z | (x_o, 0))."""
+    model, images, noise = fixed_model(), some_incomplete(), Noise(3)
+    z = model.zero_filled(images).draw(4, noise.at("first"))
+    fillings = model.impute(images, z, noise.at("filling"))
+
+    two_pass = model.two_pass(images, noise, imputations=4)
+    expected, _ = model.encoder(fillings)
+    torch.testing.assert_close(two_pass.mean, expected, rtol=0, atol=0)
+
+
+def test_where_nothing_was_seen_the_adapted_proposal_is_the_prior():
+    """A blank image is proposed from N(0, I); its neighbours are not."""
+    images = some_incomplete(3)
+    images.observed[1] = False
+    adapted = fixed_model().adapted(
+        Incomplete.hide(images.values, images.observed), Noise(0), imputations=5
+    )
+
+    assert (adapted.mean[1] == 0).all()
+    assert (adapted.log_std[1] == 0).all()
+    assert adapted.mean[0].abs().min() > 0
+
+
+def test_adapting_raises_the_effective_sample_size():
+    """With rounds the weights of the last mixture vary less than without."""
+    model, images = fixed_model(), copies(some_incomplete(8), 20)
+    variance: list[float] = []
+    for rounds in (0, 2):
+        source = NoisePerImage.of(0, range(len(images)))
+        proposal = model.adapted(images, source, imputations=32, rounds=rounds)
+        z = proposal.draw(64, source.at("particles"))
+        log_w = model.particles(images, proposal, z).log_weights
+        variance.append(log_w.softmax(-1).square().sum(-1).mean().item())
+
+    assert variance[1] < variance[0]
+
+
+def test_a_model_is_rebuilt_from_its_architecture_and_noise():
+    """The same noise gives the same weights, another seed others, and biases begin at zero."""
+    architecture = Architecture(image_shape=(1, 2, 3), latent=2, hidden=(5, 4))
+    one, same, other = (dict(architecture.build(Noise(s)).named_parameters()) for s in (0, 0, 1))
+
+    for name, weight in one.items():
+        assert torch.equal(weight, same[name])
+        if name.endswith("bias"):
+            assert (weight == 0).all()
+        else:
+            assert not torch.equal(weight, other[name])
+
+
+def test_weights_begin_with_xaviers_spread():
+    """The standard deviation of a fresh layer is √(2 / (inputs + outputs))."""
+    weights = Architecture().build(Noise(0)).get_parameter("decoder.layers.4.weight")
+    expected = math.sqrt(2 / (300 + 784))
+
+    assert abs(weights.std().item() / expected - 1) < 4 / math.sqrt(2 * weights.numel())

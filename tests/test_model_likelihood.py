@@ -1,0 +1,227 @@
+"""Estimates of log p(x_o) and log p(x_m | x_o) against quadrature and enumeration."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.latent import LatentVariableModel
+from model.likelihood import BLOCK, PROPOSALS, Scores, blocks, finish, score
+from model.masks import Incomplete
+from model.noise import NoisePerImage
+from model.weights import log_mean_exp
+from tests.conftest import (
+    Quadrature,
+    copies,
+    every_image,
+    fixed_model,
+    some_incomplete,
+    standard_errors,
+)
+
+
+def _score(
+    model: LatentVariableModel,
+    images: Incomplete,
+    *,
+    particles: int = 512,
+    proposal: str = "adapted",
+    truth: Tensor | None = None,
+    indices: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Scores:
+    noise = NoisePerImage.of(seed, indices or range(len(images)))
+    return finish(
+        score(model, images, noise, particles=particles, proposal=proposal, truth=truth)
+    )
+
+
+def _completions(images: Incomplete) -> tuple[Incomplete, Tensor]:
+    """One image once for each way to fill its holes, and those ways."""
+    candidates = every_image()
+    agree = (candidates == images.values) | ~images.observed
+    truth = candidates[agree.flatten(1).all(1)]
+    return copies(images, len(truth)), truth
+
+
+@pytest.mark.parametrize("latent", [1, 2])
+def test_the_oracle_is_a_distribution(latent: int):
+    """Quadrature gives Σ_x p(x) = 1 and p(x_o) = Σ p over the completions, on any grid."""
+    model = fixed_model(latent=latent)
+    rule, images = Quadrature.of(model), some_incomplete(latent=latent)
+    every = rule.log_likelihood(Incomplete.complete(every_image()))
+
+    assert abs(every.logsumexp(-1).item()) < 1e-10
+    finer = Quadrature.of(model, step=0.0625)
+    torch.testing.assert_close(
+        rule.log_likelihood(images), finer.log_likelihood(images), rtol=0, atol=1e-9
+    )
+    for index in range(len(images)):
+        _, truth = _completions(images[index : index + 1])
+        marginal = rule.log_likelihood(Incomplete.complete(truth)).logsumexp(-1)
+        torch.testing.assert_close(marginal, rule.log_likelihood(images)[index])
+
+
+@pytest.mark.parametrize("latent", [1, 2])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_estimated_probabilities_of_every_image_sum_to_one(proposal: str, latent: int):
+    """Σ p̂(x) = 1 over all 512 images within its error, and each p̂(x) is unbiased."""
+    model, images = fixed_model(latent=latent), Incomplete.complete(every_image())
+    estimate = _score(model, images, proposal=proposal).log_likelihood
+    exact = Quadrature.of(model).log_likelihood(images)
+    p, error = estimate.value.exp(), estimate.value.exp() * estimate.standard_error
+
+    assert abs(p.sum().item() - 1) < 4 * error.square().sum().sqrt().item()
+    assert error.square().sum().sqrt() < 0.02
+    assert standard_errors((estimate.value - exact).exp(), 1.0).abs() < 4
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_the_estimate_of_the_observed_pixels_is_the_marginal(proposal: str):
+    """Over repeats p̂(x_o) has mean p(x_o) for any mask: the estimate is unbiased on this scale."""
+    model, images = fixed_model(), some_incomplete()
+    repeated = _score(model, copies(images, 200), particles=256, proposal=proposal)
+    exact = Quadrature.of(model).log_likelihood(images)
+    ratio = (repeated.log_likelihood.value.reshape(6, 200) - exact[:, None]).exp()
+
+    assert standard_errors(ratio.T, 1.0).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_the_claimed_errors_are_the_repeats_errors(proposal: str):
+    """The standard errors of both estimates are the spread of each over independent repeats."""
+    model = fixed_model()
+    images, truth = some_incomplete(), some_incomplete(seed=2).values
+    scores = _score(
+        model,
+        copies(images, 300),
+        particles=512,
+        proposal=proposal,
+        truth=truth.repeat_interleave(300, 0),
+    )
+
+    assert scores.conditional is not None
+    for estimate in (scores.log_likelihood, scores.conditional):
+        spread = estimate.value.reshape(6, 300).std(1)
+        claimed = estimate.standard_error.reshape(6, 300).square().mean(1).sqrt()
+        # Twice the error that a normal sample's deviation would have, for heavier tails.
+        assert (spread / claimed - 1).abs().max() < 8 / math.sqrt(2 * 300)
+
+
+@pytest.mark.parametrize("particles", [1, 3, 100])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_the_conditional_sums_to_one_for_any_particles(proposal: str, particles: int):
+    """Σ p̂(x_m | x_o) = 1 over all completions, to rounding, even with one particle."""
+    model, images = fixed_model(), some_incomplete()
+    for index in range(3):
+        repeated, truth = _completions(images[index : index + 1])
+        scores = _score(
+            model,
+            repeated,
+            particles=particles,
+            proposal=proposal,
+            truth=truth,
+            indices=[index] * len(truth),
+        )
+
+        assert len(truth) == 2 ** int((~images.observed[index]).sum())
+        assert scores.conditional is not None
+        assert abs(scores.conditional.value.logsumexp(0).item()) < 1e-10
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_the_conditional_is_that_of_the_model(proposal: str):
+    """log p̂(x_m | x_o) is log p(x) − log p(x_o) by quadrature, within its standard error."""
+    model, images = fixed_model(), some_incomplete(60)
+    truth = fixed_model().sample(60, NoisePerImage.of(1, [0]).noises[0])
+    truth = images.fill(truth)
+    rule = Quadrature.of(model)
+    exact = rule.log_likelihood(Incomplete.complete(truth)) - rule.log_likelihood(images)
+    scores = _score(model, images, particles=2048, proposal=proposal, truth=truth)
+
+    assert scores.conditional is not None
+    error = scores.conditional.value - exact
+    assert (error / scores.conditional.standard_error).abs().max() < 4.5
+    assert (error / scores.conditional.standard_error).square().mean() < 1 + 4 * math.sqrt(2 / 60)
+
+
+def test_with_everything_missing_the_probability_is_one():
+    """log p of no pixels is 0 for any number of particles, with no error, reliably."""
+    blank = Incomplete.hide(every_image()[:3], torch.zeros(3, 1, 3, 3, dtype=torch.bool))
+    scores = _score(fixed_model(), blank, particles=100)
+
+    torch.testing.assert_close(
+        scores.log_likelihood.value, torch.zeros(3).double(), rtol=0, atol=1e-12
+    )
+    assert (scores.log_likelihood.standard_error < 1e-6).all()
+    torch.testing.assert_close(
+        scores.log_likelihood.effective_sample_size, torch.full((3,), 100.0).double()
+    )
+
+
+def test_with_nothing_missing_the_conditional_is_one():
+    """log p(x_m | x_o) of no pixels is exactly 0."""
+    images = Incomplete.complete(some_incomplete().values)
+    scores = _score(fixed_model(), images, particles=70, truth=images.values)
+
+    assert scores.conditional is not None
+    assert (scores.conditional.value == 0).all()
+    assert (scores.conditional.standard_error < 1e-6).all()
+
+
+def test_without_the_truth_there_is_no_conditional():
+    """Nothing is invented where the missing pixels are not known."""
+    assert _score(fixed_model(), some_incomplete(), particles=1).conditional is None
+
+
+def test_the_truth_under_the_mask_is_all_that_matters():
+    """What the truth holds at observed pixels, NaN included, changes nothing."""
+    model, images, truth = fixed_model(), some_incomplete(), some_incomplete(seed=2).values
+    dirty = torch.where(images.observed, torch.nan, truth)
+    clean, other = (_score(model, images, particles=70, truth=t) for t in (truth, dirty))
+
+    assert clean.conditional is not None
+    assert other.conditional is not None
+    assert torch.equal(clean.conditional.value, other.conditional.value)
+
+
+def test_the_bound_grows_with_the_particles():
+    """E log p̂ of 1, 2, 4, … 64 particles rises to log p(x_o): over the same particles, surely."""
+    model, images = fixed_model(), some_incomplete()
+    many = copies(images, 100)
+    noise = NoisePerImage.of(0, range(len(many)))
+    (block,) = blocks(model, many, noise, particles=BLOCK, proposal="own")
+    exact = Quadrature.of(model).log_likelihood(images)
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    bounds = torch.stack(
+        [log_mean_exp(block.log_weights.unflatten(-1, (-1, k))).mean(-1) for k in sizes]
+    )
+    gaps = exact - bounds.reshape(len(sizes), 6, 100).mean(-1)
+
+    assert (bounds.diff(dim=0) > 0).all()
+    assert (gaps[:-2] > 0).all()
+    assert (gaps[-1].abs() < gaps[0] / 4).all()
+
+
+def test_an_estimate_knows_what_it_is():
+    """Its name, its particles, and whether its error may be believed: NaN may not."""
+    few = _score(fixed_model(), some_incomplete(), particles=10).log_likelihood
+    many = _score(fixed_model(), some_incomplete(), particles=1024).log_likelihood
+
+    assert (few.estimator, few.particles) == ("importance", 10)
+    assert few.pareto_k.isnan().all()
+    assert not few.reliable.any()
+    assert many.reliable.all()
+
+
+def test_the_prior_is_an_honest_but_poor_proposal():
+    """Of a sharp model a proposal far away has a shape above 0.7: its error is not believed."""
+    model = fixed_model(gain=6.0)
+    with torch.no_grad():
+        model.get_parameter("encoder.layers.2.bias").add_(3.0)
+        model.get_parameter("encoder.layers.2.bias")[2:] = -2.5
+    estimate = _score(model, some_incomplete(), particles=2048, proposal="zero-filled")
+
+    assert not estimate.log_likelihood.reliable.any()

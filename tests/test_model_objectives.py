@@ -1,0 +1,287 @@
+"""The objectives' gradients against plain autograd, closed forms and quadrature."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Normal
+
+from model.latent import GaussianMixture, LatentVariableModel, Particles
+from model.masks import Incomplete
+from model.noise import Noise
+from model.objectives import (
+    OBJECTIVES,
+    P_STEPS,
+    Objective,
+    ascend,
+    doubly_reparameterised,
+    elbo,
+    elbo_analytic,
+    expected_log_joint,
+    iwae,
+    optimal,
+    wake,
+)
+from tests.conftest import (
+    Quadrature,
+    copies,
+    fixed_model,
+    small_model,
+    some_incomplete,
+    standard_errors,
+)
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+NOISE = Noise(5)
+
+ROWS = {
+    f"{name}/{p_step}": replace(objective, p_step=p_step)
+    for name, objective in OBJECTIVES.items()
+    for p_step in (P_STEPS if objective.steps else ["slides"])
+}
+
+
+Gradients = dict[str, Tensor]
+
+
+def _climbed(objective: Objective, **settings: float) -> Gradients:
+    """The gradients that `ascend` leaves behind, up the objective."""
+    model = small_model()
+    ascend(objective, model, some_incomplete(), NOISE, particles=7, **settings)  # pyright: ignore[reportArgumentType]
+    return {
+        name: torch.zeros_like(p) if p.grad is None else -p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+def _particles(
+    model: LatentVariableModel, objective: Objective, *, imputations: int = 1
+) -> Particles:
+    """The same particles as `ascend` draws, with z attached to θ and φ alike."""
+    images = some_incomplete()
+    proposal = objective.proposal(model, images, NOISE.at("proposal"), imputations=imputations)
+    return model.particles(images, proposal, proposal.draw(7, NOISE.at("particles")))
+
+
+def _gradients(scalar: Tensor, model: LatentVariableModel, network: str) -> Gradients:
+    part = {n: p for n, p in model.named_parameters() if n.startswith(network)}
+    found = torch.autograd.grad(
+        scalar, list(part.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(part, found, strict=True))
+
+
+def _of(network: str, gradients: Gradients) -> Gradients:
+    return {n: g for n, g in gradients.items() if n.startswith(network)}
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_decoder_gradient_of_iwae_is_that_of_q_hat(two_pass: bool):  # noqa: FBT001
+    """Proposition 1: ∇θ IWAE = ∇θ Q̂ at the parameters that made the weights."""
+    model = small_model()
+    particles = _particles(model, Objective(bound=iwae, two_pass=two_pass))
+
+    of_iwae = _gradients(iwae(particles).mean(), model, "decoder")
+    of_q_hat = _gradients(expected_log_joint(particles).mean(), model, "decoder")
+
+    assert all(g.abs().max() > 1e-3 for g in of_iwae.values())
+    torch.testing.assert_close(of_q_hat, of_iwae, **EXACT)
+
+
+@pytest.mark.parametrize(("em", "direct"), [("iwem-woa", "iwae"), ("iwem", "iwae")])
+def test_the_m_step_climbs_the_likelihood_as_iwae_does(em: str, direct: str):
+    """Proposition 1, for the gradients that training uses."""
+    by_em, by_iwae = _climbed(OBJECTIVES[em]), _climbed(OBJECTIVES[direct])
+
+    torch.testing.assert_close(_of("decoder", by_em), _of("decoder", by_iwae), **EXACT)
+
+
+@pytest.mark.parametrize("imputations", [1, 3])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("objective", ROWS.values(), ids=ROWS.keys())
+def test_one_pass_back_gives_the_gradients_of_two(
+    objective: Objective, alpha: float, imputations: int
+):
+    """What `ascend` adds is ∇θ of the one surrogate and ∇φ of the other, by plain autograd."""
+    model = small_model()
+    surrogate = objective.surrogate(
+        _particles(model, objective, imputations=imputations), alpha=alpha
+    )
+    plain = _gradients(surrogate.decoder, model, "decoder")
+    plain |= _gradients(surrogate.encoder, model, "encoder")
+
+    climbed = _climbed(objective, alpha=alpha, imputations=imputations)
+
+    assert all(g.abs().max() > 1e-5 for g in climbed.values())
+    torch.testing.assert_close(dict(sorted(climbed.items())), dict(sorted(plain.items())), **EXACT)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_ascend_returns_the_bound_and_adds_to_the_gradients(objective: Objective):
+    """The returned number is the bound of the very particles that made the gradients."""
+    model = small_model()
+    expected = objective.bound(_particles(model, objective)).mean()
+
+    bounds = [
+        ascend(objective, model, some_incomplete(), NOISE, particles=7, alpha=0.3)
+        for _ in range(2)
+    ]
+    twice = {n: -p.grad / 2 for n, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(bounds, [expected.detach()] * 2, **EXACT)
+    torch.testing.assert_close(twice, _climbed(objective, alpha=0.3), **EXACT)
+    assert not bounds[0].requires_grad
+
+
+@pytest.mark.parametrize("p_step", P_STEPS)
+def test_the_p_step_leaves_the_decoder_alone(p_step: str):
+    """θ moves alike whatever φ climbs."""
+    this = _climbed(replace(OBJECTIVES["miss-iwem"], p_step=p_step), alpha=0.3)
+    slides = _climbed(OBJECTIVES["miss-iwem"], alpha=0.3)
+
+    torch.testing.assert_close(_of("decoder", this), _of("decoder", slides), **EXACT)
+
+
+@pytest.mark.parametrize("p_step", P_STEPS)
+def test_the_m_step_leaves_the_encoder_alone(p_step: str):
+    """φ moves alike whatever the annealing of θ's objective."""
+    objective = replace(OBJECTIVES["miss-iwem"], p_step=p_step)
+    half, whole = _climbed(objective, alpha=0.3), _climbed(objective, alpha=1.0)
+
+    torch.testing.assert_close(_of("encoder", half), _of("encoder", whole), **EXACT)
+    assert (half["decoder.layers.2.bias"] - whole["decoder.layers.2.bias"]).abs().max() > 1e-3
+
+
+def test_annealing_goes_from_the_elbo_to_q_hat():
+    """The M-step's gradient is linear in α between the VAE's and IWAE's."""
+    start, half, end = (_climbed(OBJECTIVES["iwem"], alpha=a) for a in (0.0, 0.5, 1.0))
+    vae = _climbed(OBJECTIVES["vae"])
+
+    torch.testing.assert_close(_of("decoder", start), _of("decoder", vae), **EXACT)
+    between = {n: (start[n] + end[n]) / 2 for n in start}
+    torch.testing.assert_close(_of("decoder", half), _of("decoder", between), **EXACT)
+
+
+@pytest.mark.parametrize("objective", ["miss-iwem-woa", "iwem-woa"])
+def test_the_slides_p_step_is_the_gradient_through_log_abs_log_p(objective: str):
+    """∇φ L̂_opt, written out with torch's distributions and θ held fixed, is what φ climbs."""
+    model = small_model()
+    images = some_incomplete()
+    drawn = _particles(model, OBJECTIVES[objective])
+    assert isinstance(drawn.proposal, GaussianMixture)
+    z, seen = drawn.latents, images.observed[:, None].double()
+    pixels = Bernoulli(logits=model.decoder(z))
+    log_seen = (seen * pixels.log_prob(images.values[:, None])).sum((2, 3, 4))
+    missing = ((1 - seen) * -pixels.entropy()).sum((2, 3, 4)).detach()
+    log_p = log_seen + Normal(0, 1).log_prob(z).sum(-1)
+    q = Normal(drawn.proposal.mean, drawn.proposal.log_std.exp())
+    log_w = log_p - q.log_prob(z).sum(-1)
+    mean = ((log_p + missing).abs() * log_w.exp()).mean(-1)
+
+    direct = _gradients(mean.log().mean(), model, "encoder")
+
+    climbed = _climbed(OBJECTIVES[objective])
+    torch.testing.assert_close(_of("encoder", climbed), direct, **EXACT)
+    torch.testing.assert_close(optimal(drawn), mean.log(), **EXACT)
+
+
+@pytest.mark.parametrize("objective", ROWS.values(), ids=ROWS.keys())
+def test_a_pixel_that_nobody_saw_teaches_the_decoder_nothing(objective: Objective):
+    """The missing part stands inside |log p| as a constant: no gradient reaches its pixels."""
+    model = small_model()
+    images = some_incomplete()
+    images.observed[..., 0, 0] = False
+    ascend(
+        objective,
+        model,
+        Incomplete.hide(images.values, images.observed),
+        NOISE,
+        particles=7,
+    )
+    gradient = model.get_parameter("decoder.layers.2.bias").grad
+
+    assert gradient is not None
+    assert gradient[0] == 0
+    assert gradient[1:].abs().min() > 0
+
+
+def _free(count: int, particles: int, *, components: int = 1) -> tuple[Particles, list[Tensor]]:
+    """Particles of one image, many times over, each time with a proposal of its own."""
+    model, noise = fixed_model(), Noise(11)
+    images = copies(some_incomplete(1), count)
+    place = torch.linspace(-0.6, 0.7, components * 2, dtype=torch.float64)
+    mean = place.reshape(1, components, 2).repeat(count, 1, 1).requires_grad_()
+    log_std = (mean.detach() * 0.2).requires_grad_()
+    proposal = GaussianMixture(mean, log_std)
+    return model.particles(images, proposal, proposal.draw(particles, noise)), [mean, log_std]
+
+
+@pytest.mark.parametrize(("components", "count"), [(1, 4), (2, 1)])
+def test_dreg_has_the_mean_gradient_of_iwae(components: int, count: int):
+    """Of independent particles it has IWAE's expected φ-gradient, with less variance."""
+    particles, leaves = _free(20_000, count, components=components)
+
+    by_dreg = torch.autograd.grad(
+        doubly_reparameterised(particles).sum(), leaves, retain_graph=True
+    )
+    by_iwae = torch.autograd.grad(iwae(particles).sum(), leaves)
+
+    for dreg, whole in zip(by_dreg, by_iwae, strict=True):
+        assert standard_errors(whole, 0.0).abs().max() > 5
+        assert standard_errors(dreg - whole, 0.0).abs().max() < 4.5
+    assert by_dreg[0].var(0).sum() < by_iwae[0].var(0).sum()
+
+
+@pytest.mark.parametrize("components", [1, 2])
+def test_wake_climbs_the_forward_divergence(components: int):
+    """The wake P-step is −∇φ KL(p(z | x_o) ‖ q): its mean is E_p[∇φ log q(z)] by quadrature."""
+    particles, leaves = _free(200, 2000, components=components)
+    rule = Quadrature.of(fixed_model())
+    log_q = particles.proposal.log_density(rule.latents[None].expand(200, -1, -1))
+    posterior = rule.posterior(some_incomplete(1))
+
+    exact = torch.autograd.grad((posterior * log_q).sum(), leaves)
+    found = torch.autograd.grad(wake(particles).sum(), leaves)
+
+    for gradient, expected in zip(found, exact, strict=True):
+        assert expected.abs().max() > 0.1
+        assert standard_errors(gradient, expected[0]).abs().max() < 4.5
+
+
+def test_both_forms_of_the_elbo_have_one_expectation():
+    """Replacing the sampled log-ratio by the closed-form divergence changes no mean."""
+    particles, leaves = _free(20_000, 1)
+    difference = (elbo(particles) - elbo_analytic(particles)).detach()
+    gradients = torch.autograd.grad((elbo(particles) - elbo_analytic(particles)).sum(), leaves)
+
+    assert standard_errors(difference, 0.0).abs() < 4
+    for gradient in gradients:
+        assert standard_errors(gradient, 0.0).abs().max() < 4.5
+
+
+def test_the_analytic_elbo_refuses_a_mixture():
+    """A mixture has no divergence in closed form, and the objective says so."""
+    particles, _ = _free(1, 2, components=3)
+
+    with pytest.raises(ValueError, match="one Gaussian .* got a mixture of 3"):
+        elbo_analytic(particles)
+
+
+def test_with_one_particle_every_bound_is_the_elbo():
+    """At K = 1 IWAE and the ELBO are the same number."""
+    particles, _ = _free(50, 1)
+
+    torch.testing.assert_close(iwae(particles), elbo(particles), **EXACT)
+
+
+def test_on_complete_images_the_two_passes_are_one():
+    """With nothing missing miss-IWEM is IWEM, to the bit."""
+    images = Incomplete.complete(some_incomplete().values)
+    gradients: list[list[Tensor | None]] = []
+    for name in ("iwem", "miss-iwem"):
+        model = small_model()
+        ascend(OBJECTIVES[name], model, images, NOISE, particles=7, alpha=0.3)
+        gradients.append([p.grad for p in model.parameters()])
+
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
