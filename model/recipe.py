@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from model.latent import LIKELIHOODS, Architecture
 from model.masks import MechanismError, mechanism
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "add_flags",
+    "differences",
     "read_recipe",
     "shipped",
     "stored_recipe",
@@ -162,6 +163,13 @@ def to_json(recipe: Recipe) -> str:
     return json.dumps(asdict(recipe), indent=2) + "\n"
 
 
+def differences(expected: Recipe, got: Recipe) -> str:
+    """What one recipe says and another does not, in sentences; nothing where they agree."""
+    left, right = _flat(expected), _flat(got)
+    changed = [name for name in FIELDS if left[name] != right[name]]
+    return " ".join(f"Expected {name} {left[name]}; got {right[name]}." for name in changed)
+
+
 def shipped() -> list[str]:
     """The names of the recipes that come with the package."""
     files = (resources.files("model") / "recipes").iterdir()
@@ -194,14 +202,11 @@ def _recipe(raw: Mapping[str, Any]) -> Recipe:
 def _typed(name: str, value: Any) -> Any:
     kind: Any = FIELDS[name]
     if kind is float and type(value) is int:
-        return float(value)
-    if kind == tuple[int, ...] and isinstance(value, list | tuple):
-        widths = tuple(value)
-        fits = all(type(width) is int for width in widths)
-        value = widths if fits else value
-    else:
-        fits = type(value) is kind
-    if not fits:
+        value = float(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    whole = not isinstance(value, tuple) or all(type(part) is int for part in value)
+    if type(value) is not (get_origin(kind) or kind) or not whole:
         raise RecipeError(f"Expected {name} as {KINDS[kind]}; got {value!r}.")
     return value
 

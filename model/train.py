@@ -10,27 +10,31 @@ A run is a folder that continues from wherever it was stopped:
 
 All that is drawn in a step comes from `Noise(seed).at("step", step)`, so the state needs no
 generator and a run that was killed anywhere ends in the same weights as one that was not.
+Everything is written beside its place and renamed into it, in an order in which whatever is
+lost is made again: an epoch's metrics, then the state that counts the epoch, then the checkpoint.
 """
 
-import hashlib
 import json
 import math
+import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
-import tomllib
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -38,83 +42,71 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint, data
-from model.checkpoint import Card, Checkpoint
-from model.latent import Architecture, LatentVariableModel
-from model.masks import Incomplete, mechanism
+from model.checkpoint import Card, Checkpoint, CheckpointError
+from model.data import DataError, Images
+from model.latent import LatentVariableModel
+from model.likelihood import Stages
+from model.masks import Incomplete, MechanismError, mechanism
 from model.noise import Noise
-from model.objectives import OBJECTIVES, P_STEPS, ascend
+from model.objectives import OBJECTIVES, ascend
+from model.recipe import (
+    Recipe,
+    RecipeError,
+    add_flags,
+    differences,
+    read_recipe,
+    shipped,
+    stored_recipe,
+    to_json,
+)
 
-__all__ = ["Diverged", "Interrupted", "Recipe", "RecipeError", "read_recipe", "train"]
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "Metrics",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "main",
+    "read_recipe",
+    "train",
+]
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be followed."""
+RECIPE, STATE, METRICS, CHECKPOINT = (
+    "recipe.json",
+    "state.safetensors",
+    "metrics.jsonl",
+    "checkpoint",
+)
+SAVE_EVERY = 60.0
+"""Seconds of work that a kill may cost."""
+LOOK_EVERY = 100
+"""Steps between two looks at the bounds, each of which waits for the device."""
 
 
 class Diverged(RuntimeError):
-    """The bound is no longer a finite number."""
+    """The bound, or a weight, is no longer a finite number."""
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop, by a signal of this number, and has saved its state."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a checkpoint is made; the defaults are the protocol of the slides."""
+class Metrics:
+    """An epoch in numbers."""
 
-    data: str = "static-mnist"
-    missing: str = "none"
-    redraw: bool = False
-    """Whether each image's mask is drawn anew every epoch rather than once."""
-    binarise: str = "threshold"
-    """threshold: above 127 is one; bernoulli: drawn anew in every batch from the grey level."""
-    objective: str = "miss-iwem"
-    p_step: str = "slides"
-    particles: int = 50
-    imputations: int = 1
-    architecture: Architecture = field(default_factory=Architecture)
-    batch: int = 100
-    epochs: int = 1500
-    learning_rate: float = 3e-4
-    schedule: str = "constant"
-    """constant, or cosine: down to zero at the last epoch."""
-    anneal_epochs: int = 100
-    patience: int = 50
-    precision: str = "highest"
-    """Of matrix products: highest (fp32), high (TF32) or medium (bf16 products, fp32 sums)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _one_of("objective", self.objective, OBJECTIVES)
-        _one_of("p_step", self.p_step, P_STEPS)
-        _one_of("binarise", self.binarise, ("threshold", "bernoulli"))
-        _one_of("schedule", self.schedule, ("constant", "cosine"))
-        _one_of("precision", self.precision, ("highest", "high", "medium"))
-        for name in ("particles", "imputations", "batch", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"Expected {name} of at least 1; got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise RecipeError(f"Expected a positive learning_rate; got {self.learning_rate}.")
-        mechanism(self.missing)
-
-
-def read_recipe(source: str | None, **changes: Any) -> Recipe:
-    """The recipe of a TOML file, or one that comes with the package, with some values changed.
-
-    Raises:
-        RecipeError: No such recipe, an unknown name in it, or a value out of range.
-    """
-    raw = tomllib.loads(_recipe_text(source)) if source else {}
-    raw |= {name: value for name, value in changes.items() if value is not None}
-    known = {f.name for f in fields(Recipe)}
-    sizes = {f.name for f in fields(Architecture)}
-    if unknown := set(raw) - known - sizes:
-        raise RecipeError(f"Expected names of {sorted(known | sizes)}; got {sorted(unknown)}.")
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    architecture = Architecture(**{k: v for k, v in lists.items() if k in sizes})
-    settings = {k: v for k, v in lists.items() if k in known}
-    return Recipe(**settings, architecture=architecture)
+    epoch: int
+    step: int
+    train_bound: float
+    validation_bound: float
+    best_epoch: int
+    alpha: float
+    seconds: float
 
 
 @dataclass
@@ -125,157 +117,268 @@ class State:
     optimizer: torch.optim.Adam
     best: dict[str, Tensor]
     step: int = 0
+    validated: int = 0
+    """Epochs that are over and validated."""
     bound_sum: float = 0.0
     best_bound: float = -math.inf
     best_epoch: int = -1
     seconds: float = 0.0
 
 
+PLACE = ("step", "validated", "bound_sum", "best_bound", "best_epoch", "seconds")
+
+
+class Split:
+    """One split of a data set on the device, with the holes that its images have."""
+
+    def __init__(self, images: Images, recipe: Recipe, noise: Noise, device: torch.device) -> None:
+        self.pixels = images.pixels.to(device)
+        self.own = None if images.observed is None else images.observed.to(device)
+        self.recipe, self.noise, self.device = recipe, noise, device
+        self.epoch = 0
+        self.order = self._order()
+        self.observed = self._observed()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def turn_to(self, epoch: int) -> None:
+        """Draws another order of the images and, where the recipe asks for it, other masks."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = self._order()
+            self.observed = self._observed() if self.recipe.redraw else self.observed
+
+    def batch(self, index: slice | Int[Tensor, " batch"], noise: Noise) -> Incomplete:
+        """The images with these indices, binary and incomplete."""
+        grey = self.pixels[index]
+        if self.recipe.binarise == "threshold":
+            values = (grey > 127).float()
+        else:
+            like = torch.empty(0, device=self.device)
+            drawn = noise.at("binarise").uniform(*grey.shape, like=like)
+            values = (drawn * 255 < grey).float()
+        return Incomplete.hide(values, self.observed[index])
+
+    def _order(self) -> Int[Tensor, " count"]:
+        generator = self.noise.at("order", self.epoch).generator()
+        return torch.randperm(len(self), generator=generator).to(self.device)
+
+    def _observed(self) -> Bool[Tensor, "count channels height width"]:
+        count, channels, height, width = self.pixels.shape
+        generator = self.noise.at("mask", self.epoch).generator()
+        draw = mechanism(self.recipe.missing)
+        drawn = draw(count, (channels, height, width), generator).to(self.device)
+        return drawn if self.own is None else drawn & self.own
+
+
 class Run:
     """The training of one model in one folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, *, device: str) -> None:
-        self.folder = folder
-        self.device = torch.device(_pick(device))
+    def __init__(self, folder: Path, recipe: Recipe, *, device: str = "auto") -> None:
+        self.folder, self.device, self.asked = folder, _pick(device), recipe
         self.dataset = data.load(recipe.data)
-        shape = tuple(self.dataset.train.pixels.shape[1:])
-        self.recipe = replace(
-            recipe, architecture=replace(recipe.architecture, image_shape=shape)
-        )
+        channels, height, width = self.dataset.train.pixels.shape[1:]
+        architecture = replace(recipe.architecture, image_shape=(channels, height, width))
+        self.recipe = replace(recipe, architecture=architecture)
+        self.objective = replace(OBJECTIVES[recipe.objective], p_step=recipe.p_step)
+        self.annealed_until = recipe.anneal_epochs if self.objective.annealed else 0
         self.noise = Noise(recipe.seed)
-        self.train = Split(self.dataset.train, self.recipe, self.noise.at("train"), self.device)
-        self.validation = Split(
-            self.dataset.validation, self.recipe, self.noise.at("validation"), self.device
-        )
+        self.train = self._split("train", self.dataset.train)
+        self.validation = self._split("validation", self.dataset.validation)
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
-        self.state = self._begin()
+        model = architecture.build(self.noise.at("weights")).to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=True)
+        self.state = State(model, optimizer, _copy(model))
+        self.unseen: list[Tensor] = []
+        self.clock = self.saved = time.monotonic()
 
     @property
-    def epoch(self) -> int:
-        """The epoch that the next step belongs to, from 0."""
-        return self.state.step // self.steps_per_epoch
+    def steps(self) -> int:
+        """How many steps the recipe allows."""
+        return self.recipe.epochs * self.steps_per_epoch
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or validation has stopped improving."""
-        waited = self.epoch - max(self.state.best_epoch + 1, self._annealed_until())
-        return self.epoch >= self.recipe.epochs or waited >= self.recipe.patience
+        done = self.state.validated
+        waited = done - max(self.state.best_epoch + 1, self.annealed_until)
+        return done >= self.recipe.epochs or waited >= self.recipe.patience
 
-    def step(self) -> Float[Tensor, ""]:
-        """One step of the optimiser; returns the objective's bound on its batch."""
+    @property
+    def due(self) -> bool:
+        """Whether the state was last saved so long ago that it should be saved now."""
+        return time.monotonic() - self.saved >= SAVE_EVERY
+
+    def begin(self) -> None:
+        """Makes the folder that of this run, and goes back to its saved state if it has one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / RECIPE, to_json(self.asked))
+        if (self.folder / STATE).exists():
+            self._restore()
+        else:
+            self.save()
+        kept = [_line(metrics) for metrics in self.history()]
+        _write(self.folder / METRICS, "".join(kept))
+        for stray in self.folder.glob(f".{CHECKPOINT}-*"):
+            shutil.rmtree(stray)
+        if self.state.best_epoch >= 0:
+            self.up_to_date_card()
+
+    def rest(self) -> Iterator[Metrics | None]:
+        """What is left to do, in parts after each of which the run may be saved and left.
+
+        Gives an epoch's metrics at its end.
+        """
+        while not self.finished:
+            if self.state.step < (self.state.validated + 1) * self.steps_per_epoch:
+                self.step()
+                yield None
+            else:
+                yield (yield from self.end_epoch())
+
+    def step(self) -> None:
+        """One step of the optimiser."""
         recipe, state = self.recipe, self.state
         epoch, place = divmod(state.step, self.steps_per_epoch)
-        order = self.train.order(epoch)[place * recipe.batch : (place + 1) * recipe.batch]
+        self.train.turn_to(epoch)
+        index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
         noise = self.noise.at("step", state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self.learning_rate
         state.optimizer.zero_grad()
         bound = ascend(
-            OBJECTIVES[recipe.objective],
+            self.objective,
             state.model,
-            self.train.batch(order, epoch, noise),
+            self.train.batch(index, noise),
             noise,
             particles=recipe.particles,
             imputations=recipe.imputations,
-            alpha=self.alpha,
+            alpha=self.alpha(epoch),
         )
         state.optimizer.step()
         state.step += 1
-        return bound
+        self.unseen.append(bound)
+        if len(self.unseen) >= LOOK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Adds up the bounds of the last steps, which had not left the device.
+
+        Raises:
+            Diverged: One of them is not a finite number.
+        """
+        first = self.state.step - len(self.unseen)
+        bounds: list[float] = torch.stack(self.unseen).tolist() if self.unseen else []
+        self.unseen.clear()
+        for step, bound in enumerate(bounds, start=first + 1):
+            if not math.isfinite(bound):
+                raise self._diverged("objective", step)
+            self.state.bound_sum += bound
+
+    def alpha(self, epoch: int) -> float:
+        """The share of Q̂ in the M-step: from 0 to 1 over the first epochs."""
+        return min(1.0, epoch / self.annealed_until) if self.annealed_until else 1.0
 
     @property
-    def alpha(self) -> float:
-        """The share of Q̂ in the M-step: from 0 to 1 over the first epochs."""
-        return min(1.0, self.epoch / max(1, self._annealed_until()))
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        if self.recipe.schedule == "constant":
+            return self.recipe.learning_rate
+        done = self.state.step / self.steps
+        return self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
-    def validate(self) -> float:
+    def validate(self) -> Stages[float]:
         """The objective's bound on the observed pixels of the held-out incomplete images."""
-        objective, recipe = OBJECTIVES[self.recipe.objective], self.recipe
-        total = 0.0
+        recipe, model = self.recipe, self.state.model
+        sums: list[Tensor] = []
         for start in range(0, len(self.validation), recipe.batch):
             noise = self.noise.at("validate", start)
-            index = torch.arange(start, min(start + recipe.batch, len(self.validation)))
-            images = self.validation.batch(index.to(self.device), 0, noise)
+            images = self.validation.batch(slice(start, start + recipe.batch), noise)
             with torch.no_grad():
-                model = self.state.model
-                proposal = objective.proposal(
+                proposal = self.objective.proposal(
                     model, images, noise, imputations=recipe.imputations
                 )
                 latents = proposal.draw(recipe.particles, noise)
-                bound = objective.bound(model.particles(images, proposal, latents))
-            total += bound.sum().item()
-        return total / len(self.validation)
+                bound = self.objective.bound(model.particles(images, proposal, latents))
+            sums.append(bound.sum())
+            yield
+        return sum(torch.stack(sums).tolist()) / len(self.validation)
 
-    def end_epoch(self) -> dict[str, Any]:
-        """Validates, keeps the best model, writes the metrics; returns their line."""
-        state, epoch = self.state, self.epoch - 1
-        bound = self.validate()
+    def end_epoch(self) -> Stages[Metrics]:
+        """Validates, keeps the best model, and writes everything down; returns the metrics."""
+        self.look()
+        state, epoch = self.state, self.state.validated
+        bound = yield from self.validate()
         if not math.isfinite(bound):
-            raise Diverged(self._divergence("validation bound"))
+            raise self._diverged("validation bound", state.step)
         if bound > state.best_bound:
-            state.best_bound, state.best_epoch = bound, epoch
-            state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
-        line = {
-            "epoch": epoch,
-            "step": state.step,
-            "train_bound": state.bound_sum / self.steps_per_epoch,
-            "validation_bound": bound,
-            "best_epoch": state.best_epoch,
-            "alpha": min(1.0, epoch / max(1, self._annealed_until())),
-            "seconds": round(state.seconds, 1),
-        }
-        state.bound_sum = 0.0
+            state.best_bound, state.best_epoch, state.best = bound, epoch, _copy(state.model)
+        self._count_seconds()
+        metrics = Metrics(
+            epoch=epoch,
+            step=state.step,
+            train_bound=state.bound_sum / self.steps_per_epoch,
+            validation_bound=bound,
+            best_epoch=state.best_epoch,
+            alpha=self.alpha(epoch),
+            seconds=round(state.seconds, 1),
+        )
+        state.bound_sum, state.validated = 0.0, epoch + 1
+        with (self.folder / METRICS).open("a") as file:
+            file.write(_line(metrics))
         self.save()
-        with (self.folder / "metrics.jsonl").open("a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
         if state.best_epoch == epoch:
             self.write_checkpoint()
-        return line
+        return metrics
+
+    def history(self) -> list[Metrics]:
+        """The metrics of the epochs that the state knows of."""
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        written = [Metrics(**json.loads(line)) for line in lines if line.endswith("\n")]
+        return [metrics for metrics in written if metrics.epoch < self.state.validated]
 
     def save(self) -> None:
-        """Writes the state by atomic rename."""
-        tensors = {f"model.{k}": v for k, v in self.state.model.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.state.best.items()}
-        for index, moments in self.state.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        """Writes the state, as a whole or not at all.
+
+        Raises:
+            Diverged: It has a number that is not finite; the state that was saved before stays.
+        """
+        self.look()
+        self._count_seconds()
+        tensors = self._tensors()
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise self._diverged("model", self.state.step)
         place = {name: getattr(self.state, name) for name in PLACE}
-        fresh = self.folder / ".state.safetensors"
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, fresh, {"place": json.dumps(place)}
-        )
-        fresh.replace(self.folder / "state.safetensors")
+        fresh = self.folder / f".{STATE}"
+        save_file(tensors, fresh, {"place": json.dumps(place)})
+        _put(fresh, self.folder / STATE)
+        self.saved = time.monotonic()
 
-    def resume(self) -> None:
-        """Goes back to the saved state, if there is one, and drops metrics written after it."""
-        path = self.folder / "state.safetensors"
-        if not path.exists():
-            return
-        with safe_open(path, "pt", device=str(self.device)) as saved:
-            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
-            place = json.loads(saved.metadata()["place"])
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        self.state.model.load_state_dict(parts["model"])
-        self.state.best = parts["best"]
-        self._load_moments(parts["adam"])
-        for name, value in place.items():
-            setattr(self.state, name, value)
-        self._drop_later_metrics()
-
-    def write_checkpoint(self) -> None:
-        """Writes the best model so far with its card."""
+    def write_checkpoint(self) -> Card:
+        """Replaces the checkpoint by the best model so far; returns its card."""
         model = self.recipe.architecture.build(Noise(0))
-        model.load_state_dict({k: v.cpu() for k, v in self.state.best.items()})
-        checkpoint.write(self.folder / "checkpoint", Checkpoint(model, self.card()))
+        model.load_state_dict({name: tensor.cpu() for name, tensor in self.state.best.items()})
+        return checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model, self.card()))
+
+    def up_to_date_card(self) -> Card:
+        """The best model's card, which is written anew where it is not of this state."""
+        try:
+            card = checkpoint.read_card(self.folder / CHECKPOINT)
+        except CheckpointError:
+            return self.write_checkpoint()
+        known = (card.training.get("epochs"), card.training.get("best_epoch"))
+        if known == (self.state.validated, self.state.best_epoch):
+            return card
+        return self.write_checkpoint()
 
     def card(self) -> Card:
-        """The card of the best model so far."""
+        """What there is to say of the best model so far."""
         recipe = {k: v for k, v in asdict(self.recipe).items() if k != "architecture"}
         drawn = "drawn anew every epoch" if self.recipe.redraw else "drawn once"
         return Card(
-            name=self.folder.name,
+            name=self.folder.resolve().name,
             architecture=self.recipe.architecture,
             binarise=self.recipe.binarise,
             objective=self.recipe.objective,
@@ -288,7 +391,7 @@ class Run:
                 "images": len(self.train),
             },
             training={
-                "epochs": self.epoch,
+                "epochs": self.state.validated,
                 "best_epoch": self.state.best_epoch,
                 "validation_bound": round(self.state.best_bound, 4),
                 "seconds": round(self.state.seconds),
@@ -298,86 +401,53 @@ class Run:
             },
         )
 
-    def _begin(self) -> State:
-        model = self.recipe.architecture.build(self.noise.at("weights")).to(self.device)
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=self.recipe.learning_rate, fused=True
-        )
-        return State(model, optimizer, {k: v.clone() for k, v in model.state_dict().items()})
+    def _split(self, name: str, images: Images) -> Split:
+        split = Split(images, self.recipe, self.noise.at(name), self.device)
+        if not bool(split.observed.any()):
+            raise DataError(
+                f"Expected {name} images of {self.dataset.name} with pixels that are observed "
+                f"under the missingness {self.recipe.missing}; got {len(images)} without any."
+            )
+        return split
 
-    def _learning_rate(self) -> float:
-        if self.recipe.schedule == "constant":
-            return self.recipe.learning_rate
-        done = self.state.step / (self.recipe.epochs * self.steps_per_epoch)
-        return self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.state.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.state.best.items()}
+        for index, moments in self.state.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
-    def _annealed_until(self) -> int:
-        return self.recipe.anneal_epochs if OBJECTIVES[self.recipe.objective].annealed else 0
-
-    def _load_moments(self, saved: dict[str, Tensor]) -> None:
+    def _restore(self) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}}
+        with safe_open(self.folder / STATE, "pt", device=str(self.device)) as saved:
+            place = json.loads(saved.metadata()["place"])
+            for name in saved.keys():  # noqa: SIM118  # it is no dict, and cannot be iterated
+                part, _, rest = name.partition(".")
+                parts[part][rest] = saved.get_tensor(name)
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in saved.items():
+        for name, value in parts["adam"].items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = value
-        whole = self.state.optimizer.state_dict()
-        self.state.optimizer.load_state_dict({**whole, "state": moments})
+        optimizer = self.state.optimizer
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        self.state.model.load_state_dict(parts["model"])
+        self.state.best = parts["best"]
+        # Version 0.1.0 saved at an epoch's end only after it was validated, and did not say so.
+        place.setdefault("validated", place["step"] // self.steps_per_epoch)
+        for name in PLACE:
+            setattr(self.state, name, place[name])
 
-    def _drop_later_metrics(self) -> None:
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self.state.step]
-            path.write_text("".join(kept))
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
 
-    def _divergence(self, what: str) -> str:
-        return (
-            f"The {what} is not a finite number at step {self.state.step} "
-            f"(epoch {self.epoch + 1}). The last good state is kept in {self.folder}; "
-            "a smaller learning_rate is the usual cure."
+    def _diverged(self, what: str, step: int) -> Diverged:
+        return Diverged(
+            f"The {what} is not a finite number after step {step} "
+            f"(epoch {math.ceil(step / self.steps_per_epoch)}). The last good state is kept in "
+            f"{self.folder}; a smaller learning_rate is the usual cure."
         )
-
-
-PLACE = ("step", "bound_sum", "best_bound", "best_epoch", "seconds")
-
-
-class Split:
-    """One split of a data set on the device, with the holes that its images have."""
-
-    def __init__(
-        self, images: data.Images, recipe: Recipe, noise: Noise, device: torch.device
-    ) -> None:
-        self.pixels = images.pixels.to(device)
-        self.own = None if images.observed is None else images.observed.to(device)
-        self.recipe, self.noise, self.device = recipe, noise, device
-        self.observed = self._observed(epoch=0)
-        self.masks_of = 0
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def order(self, epoch: int) -> Int[Tensor, " count"]:
-        """A permutation of the images, another in each epoch."""
-        generator = self.noise.at("order", epoch).generator()
-        return torch.randperm(len(self), generator=generator).to(self.device)
-
-    def batch(self, index: Int[Tensor, " batch"], epoch: int, noise: Noise) -> Incomplete:
-        """The images with these indices, binary and incomplete."""
-        if self.recipe.redraw and epoch != self.masks_of:
-            self.observed, self.masks_of = self._observed(epoch=epoch), epoch
-        grey = self.pixels[index]
-        if self.recipe.binarise == "threshold":
-            values = (grey > 127).float()
-        else:
-            like = torch.empty(0, device=self.device)
-            drawn = noise.at("binarise").uniform(*grey.shape, like=like)
-            values = (drawn * 255 < grey).float()
-        return Incomplete.hide(values, self.observed[index])
-
-    def _observed(self, *, epoch: int) -> Tensor:
-        shape = tuple(self.pixels.shape[1:])
-        generator = self.noise.at("mask", epoch).generator()
-        drawn = mechanism(self.recipe.missing)(len(self), shape, generator).to(self.device)
-        return drawn if self.own is None else drawn & self.own
 
 
 def train(
@@ -392,50 +462,114 @@ def train(
 
     Raises:
         RecipeError: The folder holds a run of another recipe, or one that `resume` was not
-            asked for.
+            asked for; or this machine lacks the device.
+        DataError: There are no such data, or nothing of them is observed.
         Diverged: The bound became NaN or infinite; the last good state is kept.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    _claim(folder, recipe, resume=resume)
-    torch.set_float32_matmul_precision(recipe.precision)
-    run = Run(folder, recipe, device=device)
-    run.resume()
-    curves = _curves(folder, run.state.step)
-    with _progress(console or Console(stderr=True), run) as show, _stop_signals() as stopping:
-        while not run.finished:
-            started = time.monotonic()
-            bound = run.step().item()
-            if not math.isfinite(bound):
-                raise Diverged(run._divergence("objective"))
-            run.state.bound_sum += bound
-            run.state.seconds += time.monotonic() - started
-            line = run.end_epoch() if run.state.step % run.steps_per_epoch == 0 else None
-            curves(line)
-            show(line)
-            if stopping:
-                run.save()
-                raise Interrupted(f"Stopped at step {run.state.step}; go on with --resume.")
-    return checkpoint.read_card(folder / "checkpoint")
+    with _stop_signals() as received, _matmul_precision(recipe.precision):
+        _refuse_another(folder, recipe, resume=resume)
+        run = Run(folder, recipe, device=device)
+        run.begin()
+        with _curves(run) as draw, _progress(console or Console(stderr=True), run) as show:
+            for metrics in run.rest():
+                show(metrics)
+                draw(metrics)
+                if received:
+                    run.save()
+                    raise Interrupted(f"Stopped after step {run.state.step}.", received[0])
+                if run.due:
+                    run.save()
+        return run.up_to_date_card()
 
 
-def _claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    path = folder / "recipe.json"
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    if path.exists():
-        if not resume:
-            raise RecipeError(f"{folder} already holds a run; add --resume, or name another --out.")
-        if (got := json.loads(path.read_text())) != wanted:
-            changed = sorted(k for k in wanted if wanted[k] != got.get(k))
-            raise RecipeError(f"Expected the recipe of the run in {folder}; got another {changed}.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the words of a command line say; returns the exit status.
+
+    0 is done, 1 diverged, 2 a recipe or data that cannot be, 130 and 143 stopped by a signal.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = vars(_parser().parse_args(words))
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    try:
+        folder, card = _follow(console, **options)
+    except (RecipeError, DataError, MechanismError) as error:
+        console.print(str(error))
+        return 2
+    except Diverged as error:
+        console.print(str(error))
+        return 1
+    except Interrupted as stop:
+        again = words if options["resume"] else [*words, "--resume"]
+        console.print(f"{stop} Go on with: miss-iwem train {shlex.join(again)}")
+        return 128 + stop.number
+    console.print(
+        f"Done: {folder / CHECKPOINT} is of epoch {card.training['best_epoch'] + 1}, "
+        f"with a validation bound of {card.training['validation_bound']:.2f}."
+    )
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("miss-iwem train", description=__doc__, allow_abbrev=False)
+    parser.description = "Train a model on images that may be incomplete."
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help=f"A .toml file, or {', '.join(shipped())}."
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="The run's folder. Default: runs/ and its name."
+    )
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in the folder.")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+    parser.add_argument("--threads", type=int, metavar="N", help="Of the CPU. Default: torch's.")
+    add_flags(parser.add_argument_group("recipe", "Each goes before what RECIPE says of it."))
+    return parser
+
+
+def _follow(
+    console: Console,
+    *,
+    recipe: str | None,
+    out: Path | None,
+    resume: bool,
+    device: str,
+    threads: int | None,
+    **changes: Any,
+) -> tuple[Path, Card]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if recipe is None and resume and out and (out / RECIPE).exists():
+        asked = stored_recipe(out / RECIPE, **changes)
+    elif recipe is None and changes["data"] is None:
+        raise RecipeError("Expected a RECIPE, or --data, or --resume and the --out of a run.")
+    else:
+        asked = read_recipe(recipe, **changes)
+    name = Path(recipe).stem if recipe else f"{Path(asked.data).resolve().stem}-{asked.objective}"
+    folder = out or Path("runs") / name
+    return folder, train(folder, asked, resume=resume, device=device, console=console)
+
+
+def _refuse_another(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"Expected a folder for the run; got the file {folder}.")
+    if not (folder / RECIPE).exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    if not resume:
+        raise RecipeError(
+            f"Expected a folder without a run; got {folder}. "
+            "Add --resume to go on with it, or name another --out."
+        )
+    if changed := differences(stored_recipe(folder / RECIPE), recipe):
+        raise RecipeError(f"The run in {folder} has another recipe. {changed}")
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is filled when the process is asked to stop."""
+def _stop_signals() -> Generator[list[int]]:
+    """The numbers of the signals that have asked the process to stop."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals
+        return
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in signals}
     try:
@@ -446,77 +580,96 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _progress(console: Console, run: Run) -> Iterator[Callable[[dict[str, Any] | None], None]]:
-    """A bar over the steps, and a line an epoch."""
-    steps = run.recipe.epochs * run.steps_per_epoch
+def _matmul_precision(precision: str) -> Generator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _progress(console: Console, run: Run) -> Generator[Callable[[Metrics | None], None]]:
+    """A bar over the steps where there is a terminal, and a line an epoch."""
     columns = (
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:.1f} steps/s" if False else "{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     first, started = run.state.step, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps, completed=first, epoch=run.epoch + 1, rate="")
+        task = progress.add_task("", total=run.steps, epoch=1, rate="")
 
-        def show(line: dict[str, Any] | None) -> None:
-            rate = (run.state.step - first) / (time.monotonic() - started)
-            progress.update(
-                task, completed=run.state.step, epoch=run.epoch + 1, rate=f"{rate:.1f} steps/s"
-            )
-            if line:
+        def show(metrics: Metrics | None) -> None:
+            step, epoch = run.state.step, run.state.validated + 1
+            rate = (step - first) / (time.monotonic() - started)
+            progress.update(task, completed=step, epoch=epoch, rate=f"{rate:.1f} steps/s")
+            if metrics:
+                left = timedelta(seconds=round((run.steps - step) / rate)) if rate else "?"
                 console.print(
-                    f"epoch {line['epoch'] + 1}: bound {line['train_bound']:.2f}, "
-                    f"validation {line['validation_bound']:.2f} "
-                    f"(best in epoch {line['best_epoch'] + 1}), {rate:.1f} steps/s",
-                    highlight=False,
+                    f"epoch {epoch - 1}/{run.recipe.epochs}: bound {metrics.train_bound:.2f}, "
+                    f"validation {metrics.validation_bound:.2f} "
+                    f"(best in epoch {metrics.best_epoch + 1}), "
+                    f"{rate:.1f} steps/s, at most {left} left",
                 )
 
         yield show
 
 
-def _curves(folder: Path, step: int) -> Callable[[dict[str, Any] | None], None]:
-    """Writes an epoch's numbers to TensorBoard, where that is installed."""
+@contextmanager
+def _curves(run: Run) -> Generator[Callable[[Metrics | None], None]]:
+    """Writes epochs to TensorBoard, where that is installed, in place of what was there."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     except ImportError:
-        return lambda _line: None
-    writer = SummaryWriter(folder / "tensorboard", purge_step=step)
+        yield lambda _metrics: None
+        return
+    with SummaryWriter(run.folder / "tensorboard", purge_step=0) as writer:
 
-    def write(line: dict[str, Any] | None) -> None:
-        for name in ("train_bound", "validation_bound", "alpha") if line else ():
-            writer.add_scalar(name, line[name], line["step"])
-        if line:
-            writer.flush()
+        def draw(metrics: Metrics | None) -> None:
+            if metrics:
+                for name in ("train_bound", "validation_bound", "alpha"):
+                    writer.add_scalar(name, getattr(metrics, name), metrics.step)
+                writer.flush()
 
-    return write
-
-
-def _recipe_text(source: str) -> str:
-    shipped = resources.files("model") / "recipes" / f"{source}.toml"
-    path = Path(source)
-    if path.suffix == ".toml" and path.is_file():
-        return path.read_text()
-    if path.name == source and shipped.is_file():
-        return shipped.read_text()
-    names = sorted(
-        r.name.removesuffix(".toml")
-        for r in (resources.files("model") / "recipes").iterdir()
-        if r.name.endswith(".toml")
-    )
-    raise RecipeError(f"Expected a .toml file or a recipe of {names}; got {source!r}.")
+        for past in run.history():
+            draw(past)
+        yield draw
 
 
-def _one_of(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise RecipeError(f"Expected {name} of {', '.join(known)}; got {value!r}.")
+def _line(metrics: Metrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"
 
 
-def _pick(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text)
+    _put(fresh, path)
+
+
+def _put(fresh: Path, path: Path) -> None:
+    """Renames a file into its place once the disk has it, so that not even a power cut tears it."""
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _copy(model: LatentVariableModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _pick(device: str) -> torch.device:
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=automatic if device == "auto" else device).device
+    except (RuntimeError, AssertionError) as error:  # the latter, where torch has no CUDA at all
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"Expected a device of this machine; got {device!r}: {reason}"
+        ) from error
 
 
 def _device_name(device: torch.device) -> str:
@@ -534,3 +687,7 @@ def _commit() -> str:
         [git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return asked.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
@@ -45,7 +45,7 @@ class ClientGone(Exception):
 
 
 def _state(request: Request) -> State:
-    return request.state._state
+    return cast("State", request.state)
 
 
 Here = Annotated[State, Depends(_state)]

@@ -74,7 +74,7 @@ def test_estimated_probabilities_of_every_image_sum_to_one(proposal: str, latent
     p, error = estimate.value.exp(), estimate.value.exp() * estimate.standard_error
 
     assert abs(p.sum().item() - 1) < 4 * error.square().sum().sqrt().item()
-    assert error.square().sum().sqrt() < 0.02
+    assert error.square().sum().sqrt() < 0.03
     assert standard_errors((estimate.value - exact).exp(), 1.0).abs() < 4
 
 
@@ -82,9 +82,9 @@ def test_estimated_probabilities_of_every_image_sum_to_one(proposal: str, latent
 def test_the_estimate_of_the_observed_pixels_is_the_marginal(proposal: str):
     """Over repeats p̂(x_o) has mean p(x_o) for any mask: the estimate is unbiased on this scale."""
     model, images = fixed_model(), some_incomplete()
-    repeated = _score(model, copies(images, 200), particles=256, proposal=proposal)
+    repeated = _score(model, copies(images, 100), particles=128, proposal=proposal)
     exact = Quadrature.of(model).log_likelihood(images)
-    ratio = (repeated.log_likelihood.value.reshape(6, 200) - exact[:, None]).exp()
+    ratio = (repeated.log_likelihood.value.reshape(6, 100) - exact[:, None]).exp()
 
     assert standard_errors(ratio.T, 1.0).abs().max() < 4.5
 
@@ -93,19 +93,19 @@ def test_the_estimate_of_the_observed_pixels_is_the_marginal(proposal: str):
 def test_the_claimed_errors_are_the_repeats_errors(proposal: str):
     """The standard errors of both estimates are the spread of each over independent repeats."""
     model = fixed_model()
-    images, truth = some_incomplete(), some_incomplete(seed=2).values
+    images, truth = some_incomplete(3), some_incomplete(3, seed=2).values
     scores = _score(
         model,
         copies(images, 300),
-        particles=512,
+        particles=320,
         proposal=proposal,
         truth=truth.repeat_interleave(300, 0),
     )
 
     assert scores.conditional is not None
     for estimate in (scores.log_likelihood, scores.conditional):
-        spread = estimate.value.reshape(6, 300).std(1)
-        claimed = estimate.standard_error.reshape(6, 300).square().mean(1).sqrt()
+        spread = estimate.value.reshape(3, 300).std(1)
+        claimed = estimate.standard_error.reshape(3, 300).square().mean(1).sqrt()
         # Twice the error that a normal sample's deviation would have, for heavier tails.
         assert (spread / claimed - 1).abs().max() < 8 / math.sqrt(2 * 300)
 
