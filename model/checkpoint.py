@@ -86,13 +86,13 @@ def read_card(folder: Path) -> Card:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Expected a checkpoint in {folder.name}; got {error}.") from error
     known = {f.name for f in fields(Card)}
-    if not isinstance(raw, dict) or set(raw) != known or raw["format_version"] != FORMAT_VERSION:
-        got = raw if not isinstance(raw, dict) else (raw.get("format_version"), sorted(raw))
+    got: dict[str, Any] = raw if isinstance(raw, dict) else {}
+    if set(got) != known or got["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"Expected a card of format {FORMAT_VERSION} with the fields {sorted(known)} "
-            f"in {folder.name}; got {got}."
+            f"in {folder.name}; got format {got.get('format_version')} with {sorted(got)}."
         )
-    values: dict[str, Any] = {**raw, "architecture": _architecture(raw["architecture"])}
+    values: dict[str, Any] = {**got, "architecture": _architecture(got["architecture"])}
     return Card(**values)
 
 
@@ -122,7 +122,7 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
     return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
 
 
-def _architecture(raw: dict[str, Any]) -> Architecture:
+def _architecture(raw: Any) -> Architecture:
     try:
         lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return Architecture(**lists)

@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
+from model.masks import Incomplete, mechanism
+from model.noise import Noise
 from model.published import (
     DATASETS,
     Arrays,
@@ -40,6 +42,7 @@ __all__ = [
     "Download",
     "Images",
     "Published",
+    "Split",
     "data_folder",
     "fetch",
     "load",
@@ -50,6 +53,7 @@ SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0
 SEPARATOR = 128
 MISSING_ABOVE = 127
+THRESHOLD = 127
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,61 @@ class Dataset:
     binary: bool
     sha256: str
     source: str
+
+
+class Split:
+    """A split on a device as training goes through it: binary, with the holes that images have.
+
+    `missing` hides pixels beside those that the images lack, once or anew in every epoch;
+    `binarise` is threshold, above 127 is one, or bernoulli, drawn from the grey level in every
+    batch.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        missing: str,
+        redraw: bool,
+        binarise: str,
+        noise: Noise,
+        device: torch.device,
+    ) -> None:
+        self.pixels = images.pixels.to(device)
+        self.own = None if images.observed is None else images.observed.to(device)
+        self.mechanism, self.redraw, self.binarise = mechanism(missing), redraw, binarise
+        self.noise, self.device, self.epoch = noise, device, 0
+        self.order, self.observed = self._order(), self._observed()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def turn_to(self, epoch: int) -> None:
+        """Draws another order of the images and, where they are drawn anew, other masks."""
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._order(epoch)
+            self.observed = self._observed(epoch) if self.redraw else self.observed
+
+    def batch(self, index: slice | Int[Tensor, " batch"], noise: Noise) -> Incomplete:
+        """The images with these indices, binary and incomplete."""
+        grey = self.pixels[index]
+        if self.binarise == "threshold":
+            values = (grey > THRESHOLD).float()
+        else:
+            like = torch.empty(0, device=self.device)
+            drawn = noise.at("binarise").uniform(*grey.shape, like=like)
+            values = (drawn * 255 < grey).float()
+        return Incomplete.hide(values, self.observed[index])
+
+    def _order(self, epoch: int = 0) -> Int[Tensor, " count"]:
+        generator = self.noise.at("order", epoch).generator()
+        return torch.randperm(len(self), generator=generator).to(self.device)
+
+    def _observed(self, epoch: int = 0) -> Bool[Tensor, "count channels height width"]:
+        count, channels, height, width = self.pixels.shape
+        generator = self.noise.at("mask", epoch).generator()
+        drawn = self.mechanism(count, (channels, height, width), generator).to(self.device)
+        return drawn if self.own is None else drawn & self.own
 
 
 def load(name: str, *, folder: Path | None = None) -> Dataset:

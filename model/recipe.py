@@ -27,8 +27,8 @@ __all__ = [
     "FIELDS",
     "Recipe",
     "RecipeError",
-    "add_flags",
     "differences",
+    "parser",
     "read_recipe",
     "shipped",
     "stored_recipe",
@@ -122,6 +122,7 @@ KINDS: Mapping[Any, str] = {
     float: "a number",
     tuple[int, ...]: "whole numbers",
 }
+METAVARS: Mapping[Any, str] = {str: "TEXT", int: "N", float: "X"}
 SIZES: Mapping[str, Any] = {
     f.name: f.type for f in fields(Architecture) if f.name != "image_shape"
 }
@@ -176,19 +177,32 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """Adds a flag for each name that a recipe may use; one that is not given is None."""
+def parser() -> ArgumentParser:
+    """The options of a training; a name of a recipe that is not given is None."""
+    options = ArgumentParser(
+        "miss-iwem train",
+        description="Train a model on images, of which pixels may be missing.",
+        allow_abbrev=False,
+    )
+    add = options.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help=f"A .toml file, or {', '.join(shipped())}.")
+    add("--out", type=Path, metavar="DIR", help="The run's folder. Default: runs/ and its name.")
+    add("--resume", action="store_true", help="Go on with the run in the folder, if there is one.")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: auto.")
+    add("--threads", type=int, metavar="N", help="Of the CPU. Default: as PyTorch chooses.")
+    group = options.add_argument_group("recipe", "These go before what RECIPE says of them.")
     defaults, docs = _flat(Recipe()), _docs(Recipe) | _docs(Architecture)
     for name, kind in FIELDS.items():
-        flag, doc = f"--{name.replace('_', '-')}", docs.get(name, "")
-        if name in CHOICES and name not in doc:
-            doc = f"{doc} One of {', '.join(CHOICES[name])}.".lstrip()
-        about = f"{doc} Default: {_shown(defaults[name])}.".lstrip().replace("%", "%%")
+        flag, about = (
+            f"--{name.replace('_', '-')}",
+            _help(name, docs.get(name, ""), defaults[name]),
+        )
         if kind is bool:
-            parser.add_argument(flag, action=BooleanOptionalAction, help=about)
+            group.add_argument(flag, action=BooleanOptionalAction, help=about)
         else:
-            read = kind if kind in (str, int, float) else _whole_numbers
-            parser.add_argument(flag, type=read, help=about, metavar=_metavar(name, kind))
+            read = kind if kind in METAVARS else _whole_numbers
+            group.add_argument(flag, type=read, help=about, metavar=METAVARS.get(kind, "N,N"))
+    return options
 
 
 def _recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -256,11 +270,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
-def _metavar(name: str, kind: Any) -> str:
-    if name in CHOICES:
-        return "NAME"
-    return {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N,…")
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _help(name: str, doc: str, default: Any) -> str:
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    known = f"One of {', '.join(CHOICES[name])}." if name in CHOICES and ":" not in doc else ""
+    return " ".join(filter(None, (doc, known, f"Default: {shown}."))).replace("%", "%%")

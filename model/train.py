@@ -25,7 +25,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -43,19 +41,18 @@ from torch import Tensor
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, CheckpointError
-from model.data import DataError, Images
+from model.data import DataError, Images, Split
 from model.latent import LatentVariableModel
 from model.likelihood import Stages
-from model.masks import Incomplete, MechanismError, mechanism
+from model.masks import MechanismError
 from model.noise import Noise
 from model.objectives import OBJECTIVES, ascend
 from model.recipe import (
     Recipe,
     RecipeError,
-    add_flags,
     differences,
+    parser,
     read_recipe,
-    shipped,
     stored_recipe,
     to_json,
 )
@@ -126,50 +123,6 @@ class State:
 
 
 PLACE = ("step", "validated", "bound_sum", "best_bound", "best_epoch", "seconds")
-
-
-class Split:
-    """One split of a data set on the device, with the holes that its images have."""
-
-    def __init__(self, images: Images, recipe: Recipe, noise: Noise, device: torch.device) -> None:
-        self.pixels = images.pixels.to(device)
-        self.own = None if images.observed is None else images.observed.to(device)
-        self.recipe, self.noise, self.device = recipe, noise, device
-        self.epoch = 0
-        self.order = self._order()
-        self.observed = self._observed()
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def turn_to(self, epoch: int) -> None:
-        """Draws another order of the images and, where the recipe asks for it, other masks."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = self._order()
-            self.observed = self._observed() if self.recipe.redraw else self.observed
-
-    def batch(self, index: slice | Int[Tensor, " batch"], noise: Noise) -> Incomplete:
-        """The images with these indices, binary and incomplete."""
-        grey = self.pixels[index]
-        if self.recipe.binarise == "threshold":
-            values = (grey > 127).float()
-        else:
-            like = torch.empty(0, device=self.device)
-            drawn = noise.at("binarise").uniform(*grey.shape, like=like)
-            values = (drawn * 255 < grey).float()
-        return Incomplete.hide(values, self.observed[index])
-
-    def _order(self) -> Int[Tensor, " count"]:
-        generator = self.noise.at("order", self.epoch).generator()
-        return torch.randperm(len(self), generator=generator).to(self.device)
-
-    def _observed(self) -> Bool[Tensor, "count channels height width"]:
-        count, channels, height, width = self.pixels.shape
-        generator = self.noise.at("mask", self.epoch).generator()
-        draw = mechanism(self.recipe.missing)
-        drawn = draw(count, (channels, height, width), generator).to(self.device)
-        return drawn if self.own is None else drawn & self.own
 
 
 class Run:
@@ -325,8 +278,7 @@ class Run:
             seconds=round(state.seconds, 1),
         )
         state.bound_sum, state.validated = 0.0, epoch + 1
-        with (self.folder / METRICS).open("a") as file:
-            file.write(_line(metrics))
+        _append(self.folder / METRICS, _line(metrics))
         self.save()
         if state.best_epoch == epoch:
             self.write_checkpoint()
@@ -402,7 +354,14 @@ class Run:
         )
 
     def _split(self, name: str, images: Images) -> Split:
-        split = Split(images, self.recipe, self.noise.at(name), self.device)
+        split = Split(
+            images,
+            missing=self.recipe.missing,
+            redraw=self.recipe.redraw,
+            binarise=self.recipe.binarise,
+            noise=self.noise.at(name),
+            device=self.device,
+        )
         if not bool(split.observed.any()):
             raise DataError(
                 f"Expected {name} images of {self.dataset.name} with pixels that are observed "
@@ -489,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is done, 1 diverged, 2 a recipe or data that cannot be, 130 and 143 stopped by a signal.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    options = vars(_parser().parse_args(words))
+    options = vars(parser().parse_args(words))
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         folder, card = _follow(console, **options)
@@ -510,22 +469,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("miss-iwem train", description=__doc__, allow_abbrev=False)
-    parser.description = "Train a model on images that may be incomplete."
-    parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help=f"A .toml file, or {', '.join(shipped())}."
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="The run's folder. Default: runs/ and its name."
-    )
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in the folder.")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-    parser.add_argument("--threads", type=int, metavar="N", help="Of the CPU. Default: torch's.")
-    add_flags(parser.add_argument_group("recipe", "Each goes before what RECIPE says of it."))
-    return parser
-
-
 def _follow(
     console: Console,
     *,
@@ -537,6 +480,8 @@ def _follow(
     **changes: Any,
 ) -> tuple[Path, Card]:
     if threads is not None:
+        if threads < 1:
+            raise RecipeError(f"Expected threads of at least 1; got {threads}.")
         torch.set_num_threads(threads)
     if recipe is None and resume and out and (out / RECIPE).exists():
         asked = stored_recipe(out / RECIPE, **changes)
@@ -650,8 +595,13 @@ def _write(path: Path, text: str) -> None:
     _put(fresh, path)
 
 
+def _append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
 def _put(fresh: Path, path: Path) -> None:
-    """Renames a file into its place once the disk has it, so that not even a power cut tears it."""
+    """Renames a file into its place once the disk has it: not even a power cut tears it."""
     with fresh.open("rb") as file:
         os.fsync(file.fileno())
     fresh.replace(path)

@@ -1,11 +1,13 @@
 """The routes: validate by type, hand jobs to the engine, return."""
 
 import asyncio
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Annotated, Any, TypedDict, TypeVar, cast
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
@@ -24,7 +26,7 @@ from service.engine import (
     Scoring,
     image_seed,
 )
-from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady
+from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady, UnknownFormat
 from service.multipart import MultipartRoute
 
 __all__ = ["ClientGone", "State", "health", "router"]
@@ -48,6 +50,14 @@ def _state(request: Request) -> State:
     return cast("State", request.state)
 
 
+async def _json_body(request: Request) -> None:
+    """Refuses a body of another type, which would fail with a sentence about its bytes."""
+    kind = request.headers.get("content-type", "nothing")
+    if not JSON_TYPE.match(kind) and await request.body():
+        raise UnknownFormat.of("content-type", "application/json", kind[:80])
+
+
+JSON_TYPE = re.compile(r"\s*application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
 Here = Annotated[State, Depends(_state)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -59,7 +69,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         400: "The body is not what it says it is.",
         404: "There is no such model.",
         413: "More bytes or work than one request may bring.",
-        415: "Not an image or array that can be read.",
+        405: "Not a method of this address; see Allow.",
+        415: "Not a body, image or array that can be read.",
         422: "A field with a value that it cannot have.",
         429: "The queue is full; see Retry-After.",
         500: "A fault of ours.",
@@ -78,7 +89,7 @@ def _form(*files: str, **fields: str) -> dict[str, Any]:
 
 
 router = APIRouter(prefix="/v1", responses=PROBLEMS)
-forms = APIRouter(route_class=MultipartRoute)
+forms = APIRouter(route_class=MultipartRoute, dependencies=[Depends(_json_body)])
 health = APIRouter()
 
 
@@ -104,16 +115,16 @@ async def impute(
     body: schemas.ImputeRequest,
     request: Request,
     here: Here,
-    accept: Annotated[str, Header()] = "application/json",
+    accept: Annotated[str, Header(include_in_schema=False)] = "application/json",
 ) -> Any:
     """Complete images: posterior mean, standard deviation and independent draws.
 
     With `Accept: image/png` the answer is the one completed picture: the mean, or the draw when
     `outputs` is `draws`.
     """
-    name, card = _model(here, body.model)
+    name, card = await _model(here, body.model)
     seed = _seed(body.seed)
-    as_picture = "image/png" in accept
+    as_picture = "image/png" in accept and "application/json" not in accept
     if as_picture and len(body.images) != 1:
         raise NotAcceptable.of("images", "one image for image/png", str(len(body.images)))
     pictures = await _read(here, [(i.image, i.mask, None) for i in body.images], card)
@@ -143,7 +154,7 @@ async def log_likelihood(
     body: schemas.LogLikelihoodRequest, request: Request, here: Here
 ) -> schemas.LogLikelihoodResponse:
     """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
-    name, card = _model(here, body.model)
+    name, card = await _model(here, body.model)
     seed = _seed(body.seed)
     pictures = await _read(here, [(i.image, i.mask, i.truth) for i in body.images], card)
     jobs = [
@@ -171,16 +182,16 @@ async def log_likelihood(
     return schemas.LogLikelihoodResponse(model=name, results=results)
 
 
-@router.post("/samples")
+@router.post("/samples", dependencies=[Depends(_json_body)])
 async def samples(
     body: schemas.SamplesRequest, request: Request, here: Here
 ) -> schemas.SamplesResponse:
     """Draw images from the model itself."""
-    name, _ = _model(here, body.model)
+    name, _ = await _model(here, body.model)
     seed = _seed(body.seed)
     job = Sample(model=name, count=body.count, seed=seed)
     (drawn,) = await _while_connected(request, here["engine"].submit([job]))
-    encoded = [codec.encode(image, body.encoding) for image in drawn]
+    encoded = await _in_pool(here, lambda: [codec.encode(i, body.encoding) for i in drawn])
     return schemas.SamplesResponse(model=name, samples=encoded, seed=seed)
 
 
@@ -197,7 +208,7 @@ async def models(here: Here) -> schemas.Models:
             missing=card.missing,
             weights_sha256=card.weights_sha256,
         )
-        for name, card in here["engine"].cards().items()
+        for name, card in (await asyncio.to_thread(here["engine"].cards)).items()
     ]
     return schemas.Models(models=summaries)
 
@@ -205,7 +216,8 @@ async def models(here: Here) -> schemas.Models:
 @router.get("/models/{name}")
 async def model(name: str, here: Here) -> dict[str, Any]:
     """Show all that is known about a model: its card."""
-    return asdict(here["engine"].card(name))
+    _, card = await _model(here, name)
+    return asdict(card)
 
 
 @health.get("/health/live")
@@ -231,9 +243,10 @@ async def root() -> RedirectResponse:
 router.include_router(forms)
 
 
-def _model(here: State, name: str | None) -> tuple[str, Card]:
+async def _model(here: State, name: str | None) -> tuple[str, Card]:
+    """The model that is meant and its card, away from the event loop: it may have to be read."""
     chosen = here["default_model"] if name is None else name
-    return chosen, here["engine"].card(chosen)
+    return chosen, await asyncio.to_thread(here["engine"].card, chosen)
 
 
 def _seed(given: int | None) -> int:
@@ -250,15 +263,18 @@ async def _read(
         pictures: list[tuple[Picture, Picture | None]] = []
         for index, (image, mask, truth) in enumerate(items):
             field = f"images[{index}]"
-            picture = codec.read_picture(image, mask, field, shape)
-            pictures.append((picture, truth and _truth(truth, f"{field}.truth", shape)))
+            picture = codec.read_picture(
+                image, mask, shape, field=f"{field}.image", mask_field=f"{field}.mask"
+            )
+            known = None if truth is None else _truth(truth, f"{field}.truth", shape)
+            pictures.append((picture, known))
         return pictures
 
     return await _in_pool(here, read)
 
 
 def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
-    truth = codec.read_picture(encoded, None, field, shape)
+    truth = codec.read_picture(encoded, None, shape, field=field)
     if truth.missing.any():
         raise BadInput.of(field, "a complete image", f"{int(truth.missing.sum())} missing pixels")
     return truth
@@ -297,7 +313,7 @@ def _picture(
     chosen = imputation.draws[0] if body.outputs == ["draws"] else imputation.mean
     headers = {
         "X-Seed": str(seed),
-        "X-Model": name,
+        "X-Model": quote(name),
         "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
         "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
     }

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import reprlib
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -68,9 +69,11 @@ def _lifespan(
             max_waiting=settings.max_waiting,
         )
         await asyncio.to_thread(engine.start)
-        with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
-            yield api.State(engine=engine, default_model=settings.model, codecs=codecs)
-        await asyncio.to_thread(engine.stop, seconds=settings.drain)
+        try:
+            with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
+                yield api.State(engine=engine, default_model=settings.model, codecs=codecs)
+        finally:
+            await asyncio.to_thread(engine.stop, seconds=settings.drain)
 
     return lifespan
 
@@ -93,7 +96,7 @@ async def _invalid(_request: Request, invalid: RequestValidationError) -> Respon
 def _field_error(error: dict[str, Any]) -> FieldError:
     path = error["loc"][1:]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    got = "nothing" if error["type"] == "missing" else _short(repr(error.get("input")))
+    got = "nothing" if error["type"] == "missing" else reprlib.repr(error.get("input"))
     expected = EXPECTED.get(error["type"]) or _lower(error["msg"])
     return FieldError(name.lstrip(".") or "body", expected, got)
 
@@ -103,10 +106,6 @@ EXPECTED = {"missing": "a value", "extra_forbidden": "no field of this name"}
 
 def _lower(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
 
 
 async def _refused(_request: Request, refusal: HTTPException) -> Response:

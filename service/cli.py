@@ -1,6 +1,8 @@
 """The command line, `miss-iwem`."""
 
 import json
+import math
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -48,11 +50,13 @@ def serve(
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         _fail(str(error))
+    # uvicorn drains on SIGTERM, and then raises it again
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(settings),
         host=settings.http_host,
         port=settings.http_port,
-        timeout_graceful_shutdown=int(settings.drain),
+        timeout_graceful_shutdown=math.ceil(settings.drain),
     )
 
 
@@ -131,7 +135,10 @@ def models(
     from model.checkpoint import CheckpointError, read_card  # noqa: PLC0415
 
     table = Table("name", "objective", "missing", "data", "epochs", "validation bound")
-    for path in sorted(folder.glob("[!.]*/card.json")):
+    paths = sorted(folder.glob("[!.]*/card.json"))
+    if not paths:
+        _fail(f"Expected checkpoints in {folder}; got none.")
+    for path in paths:
         try:
             card = read_card(path.parent)
         except CheckpointError as error:

@@ -7,12 +7,14 @@ can go out exactly as they came. Sizes are read from headers and checked before 
 import base64
 import binascii
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 
 from service.errors import BadInput, UnknownFormat
 
@@ -25,6 +27,7 @@ MAX_LEVEL, MASK_CUT, MAX_AXES = 255, 127, 3
 NUMBERS = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -49,36 +52,38 @@ class Picture:
         return np.where(self.missing, imputed, self.pixels).astype(self.pixels.dtype)
 
 
-def read_picture(image: Encoded, mask: Encoded | None, field: str, shape: Shape) -> Picture:
+def read_picture(
+    image: Encoded, mask: Encoded | None, shape: Shape, *, field: str, mask_field: str = "mask"
+) -> Picture:
     """The image that base64 text or nested lists hold, and which of its pixels are missing.
 
-    Missing is what the mask says, and besides alpha 0 and null; without a mask NaN too.
+    Missing is what the mask says, and besides alpha 0 and null; without a mask NaN too. What is
+    under the mask may be anything.
 
     Raises:
         UnknownFormat: The bytes are no image or array.
         BadInput: Another size, more than one frame, values out of range, or NaN or infinity
             where nothing is missing.
     """
-    pixels, missing = _decode(image, f"{field}.image", shape)
-    if mask is not None:
-        missing = missing | read_mask(mask, f"{field}.mask", shape)
-    elif pixels.dtype != np.uint8:
-        missing = missing | np.isnan(pixels).any(0)
-    _check_range(pixels[:, ~missing], f"{field}.image")
-    return Picture(pixels, missing)
+    hidden = None if mask is None else read_mask(mask, shape, field=mask_field)
+    content = _content(image, field)
+    if isinstance(content, bytes):
+        return _from_image(_open(content, field, shape), hidden, field, shape[0])
+    array = _channels_first(content, field, shape)
+    missing = np.asarray(np.isnan(array).any(0))
+    if hidden is not None:
+        missing = hidden | missing if isinstance(image, list) else hidden
+    seen = np.where(missing, array.dtype.type(0), array)
+    return Picture(_levels_or_floats(seen, field), missing)
 
 
-def read_mask(value: Encoded, field: str, shape: Shape) -> np.ndarray:
+def read_mask(value: Encoded, shape: Shape, *, field: str) -> np.ndarray:
     """Height by width, true where missing: above 127 in a picture, true or nonzero otherwise."""
-    size = (1, *shape[1:])
-    if isinstance(value, list):
-        array = _nested(value, field)
-    elif (data := _base64(value, field)).startswith(NPY):
-        array = _npy(data, field)
-    else:
-        return np.asarray(_open(data, field, shape).convert("L")) > MASK_CUT
-    array = _channels_first(array, field, size)[0]
-    if not (np.mod(array, 1) == 0).all() or array.min(initial=0) < 0 or array.max() > MAX_LEVEL:
+    content = _content(value, field)
+    if isinstance(content, bytes):
+        return np.asarray(_open(content, field, shape).convert("L")) > MASK_CUT
+    array = _channels_first(content, field, (1, *shape[1:]))[0]
+    if not np.isin(array, np.arange(MAX_LEVEL + 1)).all():
         raise BadInput.of(field, "true and false, or 0 and 1, or levels to 255", "other numbers")
     return array > (0 if array.max(initial=0) <= 1 else MASK_CUT)
 
@@ -115,77 +120,76 @@ def _base64(text: str, field: str) -> bytes:
         raise BadInput.of(field, "base64 text", f"text that is not ({error})") from error
 
 
+def _content(value: Encoded, field: str) -> np.ndarray | bytes:
+    """The array of nested lists or of an NPY file, or the bytes of any other file."""
+    if isinstance(value, list):
+        return _nested(value, field)
+    data = _base64(value, field)
+    return _npy(data, field) if data.startswith(NPY) else data
+
+
 def _open(data: bytes, field: str, shape: Shape) -> Image.Image:
-    """The picture, opened and of the right size, with its pixels read."""
+    """The picture, of the right size, as RGBA."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except BOMBS as error:
         raise BadInput.of(field, _size(shape), f"a decompression bomb ({error})") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise UnknownFormat.of(
             field, f"a picture ({', '.join(FORMATS)}) or an NPY array", _beginning(data)
         ) from error
-    if image.size != (shape[2], shape[1]):
+    if sorted(image.size) != sorted(shape[1:]):
         raise BadInput.of(field, _size(shape), f"{image.height}x{image.width}")
-    if (frames := getattr(image, "n_frames", 1)) != 1:
-        raise BadInput.of(field, "one frame", f"{frames}")
-    if image.mode not in EIGHT_BIT:
-        raise BadInput.of(field, "grey or colour of 8 bits", f"mode {image.mode}")
+    if image.mode not in EIGHT_BIT or "16" in _raw_mode(image):
+        raise BadInput.of(field, "grey or colour of 8 bits", f"mode {_raw_mode(image)}")
     try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError) as error:
+        frames = getattr(image, "n_frames", 1)
+        upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception as error:
         raise BadInput.of(field, "a whole picture", f"one that is damaged ({error})") from error
+    if frames != 1:
+        raise BadInput.of(field, "one frame", f"{frames}")
+    if upright.size != (shape[2], shape[1]):
+        raise BadInput.of(field, _size(shape), f"{upright.height}x{upright.width}")
+    return upright
 
 
-def _decode(value: Encoded, field: str, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels, channels first, and those that the image itself says are missing."""
-    if isinstance(value, list):
-        array = _channels_first(_nested(value, field), field, shape)
-        return _levels_or_floats(array), np.asarray(np.isnan(array).any(0))
-    data = _base64(value, field)
-    if data.startswith(NPY):
-        array = _channels_first(_npy(data, field), field, shape)
-        return _levels_or_floats(array), np.zeros(shape[1:], bool)
-    return _from_image(_open(data, field, shape), field, shape[0])
+def _raw_mode(image: Image.Image) -> str:
+    """How the file holds the pixels: it may have more bits than the mode that PIL reads it in."""
+    arguments = image.tile[0].args if isinstance(image, ImageFile) and image.tile else None
+    raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return str(raw or image.mode)
 
 
-def _from_image(image: Image.Image, field: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    rgba = np.asarray(image.convert("RGBA"))
-    colour, alpha = rgba[..., :3], rgba[..., 3]
-    seen = alpha > 0
+def _from_image(
+    image: Image.Image, hidden: np.ndarray | None, field: str, channels: int
+) -> Picture:
+    rgba = np.asarray(image)
+    colour, missing = rgba[..., :3], rgba[..., 3] == 0
+    if hidden is not None:
+        missing = missing | hidden
     if channels == 1:
-        if (colour[seen] != colour[seen][:, :1]).any():
-            raise BadInput.of(field, "a grey picture", f"colours (mode {image.mode})")
+        seen = colour[~missing]
+        if (seen != seen[:, :1]).any():
+            raise BadInput.of(field, "a grey picture", "colours")
         colour = colour[..., :1]
-    return np.ascontiguousarray(colour.transpose(2, 0, 1)), ~seen
+    return Picture(np.ascontiguousarray(colour.transpose(2, 0, 1)), missing)
 
 
-def _levels_or_floats(array: np.ndarray) -> np.ndarray:
+def _levels_or_floats(seen: np.ndarray, field: str) -> np.ndarray:
     """Integers as levels to 255 where one is above 1, and everything else as floats."""
-    if array.dtype.kind == "f":
-        return array
-    if array.max(initial=0) <= 1 and array.min(initial=0) >= 0:
-        return array.astype(np.float32)
-    return array if array.dtype == np.uint8 else _fitting(array)
-
-
-def _fitting(array: np.ndarray) -> np.ndarray:
-    in_range = array.min(initial=0) >= 0 and array.max(initial=0) <= MAX_LEVEL
-    return array.astype(np.uint8) if in_range else array
-
-
-def _check_range(seen: np.ndarray, field: str) -> None:
-    top = 1 if seen.dtype.kind == "f" else MAX_LEVEL
     if not np.isfinite(seen).all():
         stray = int((~np.isfinite(seen)).any(0).sum())
         raise BadInput.of(
             field, "finite numbers where nothing is missing", f"NaN or infinity in {stray} pixels"
         )
-    if seen.size and not (seen.min() >= 0 and seen.max() <= top):
-        raise BadInput.of(
-            field, f"values from 0 to {top}", f"values from {seen.min()} to {seen.max()}"
-        )
+    floats = seen.dtype.kind == "f"
+    low, high, top = seen.min(initial=0), seen.max(initial=0), 1 if floats else MAX_LEVEL
+    if low < 0 or high > top:
+        raise BadInput.of(field, f"values from 0 to {top}", f"values from {low} to {high}")
+    if floats:
+        return seen
+    return seen.astype(np.float32 if high <= 1 else np.uint8)
 
 
 def _nested(value: list[Any], field: str) -> np.ndarray:
@@ -203,13 +207,14 @@ def _nested(value: list[Any], field: str) -> np.ndarray:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and np.isfinite(value))
+    largest = sys.float_info.max
+    return value is None or (isinstance(value, int | float) and -largest <= value <= largest)
 
 
 def _npy(data: bytes, field: str) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # numpy too, of a damaged header
         raise BadInput.of(field, "an NPY array without objects", str(error)) from error
     if array.dtype.type not in NUMBERS:
         raise BadInput.of(field, "booleans, integers or floats", f"an array of {array.dtype}")

@@ -91,7 +91,7 @@ class Impute:
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        return self.particles + self.draws
+        return _rows(self.particles) + self.draws
 
     def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Imputation]:
         """The work, a block at a time."""
@@ -124,7 +124,7 @@ class Score:
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        return self.particles
+        return _rows(self.particles)
 
     def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Scoring]:
         """The work, a block at a time."""
@@ -174,6 +174,8 @@ class _Task:
     job: Job
     future: Future[Any] = field(default_factory=Future)
     stages: Stages[Any] | None = None
+    seconds: float = 0.0
+    """That the device has spent on it."""
 
 
 class Engine:
@@ -196,10 +198,11 @@ class Engine:
         self._max_request, self._max_waiting = max_request, max_waiting
         self._models: dict[str, Checkpoint] = {}
         self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._waiting = 0
-        self._rate = 50_000.0
+        self._done, self._spent = 50_000.0, 1.0
         self._open = False
+        self._deadline = math.inf
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -210,17 +213,20 @@ class Engine:
             CheckpointError: A checkpoint that cannot be trusted, or none at all.
         """
         for name in self._names():
-            self._models[name] = checkpoint.read(self._folder / name, device=self._device)
+            self._read(name)
         if not self._models:
             raise CheckpointError(f"Expected checkpoints in {self._folder}; got none.")
         self._thread.start()
         self._open = True
 
     def stop(self, *, seconds: float) -> None:
-        """Admits no more, and gives what was admitted so long to finish."""
-        self._open = False
-        self._inbox.put(None)
-        self._thread.join(seconds)
+        """Admits no more, gives what was admitted so long to finish, and refuses the rest."""
+        with self._lock:  # after the end nothing may come into the inbox
+            self._open = False
+            self._deadline = time.monotonic() + seconds
+            self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(seconds + 1.0)
 
     @property
     def ready(self) -> bool:
@@ -229,8 +235,13 @@ class Engine:
         return self._open and self._thread.is_alive() and (idle or self._since_beat() < STUCK)
 
     def cards(self) -> dict[str, Card]:
-        """The card of each model, by name."""
-        return {name: self.card(name) for name in sorted({*self._models, *self._names()})}
+        """The card of each model that can be used, by name."""
+        for name in self._names():
+            try:
+                self._read(name)
+            except CheckpointError as error:
+                log.warning("A checkpoint was passed over: %s", error)
+        return {name: self._models[name].card for name in sorted(self._models)}
 
     def card(self, name: str) -> Card:
         """A model's card; a folder that has appeared since the start counts.
@@ -240,10 +251,9 @@ class Engine:
         """
         if name not in self._models and name in self._names():
             try:
-                read = checkpoint.read(self._folder / name, device=self._device)
+                self._read(name)
             except CheckpointError as error:
                 raise Failed(str(error)) from error
-            self._models[name] = read
         if name not in self._models:
             known = ", ".join(sorted(self._models))
             raise UnknownModel.of("model", f"one of {known}", repr(name[:80]))
@@ -269,7 +279,8 @@ class Engine:
         if cost > self._max_request:
             raise TooLarge.of(
                 "particles",
-                f"at most {self._max_request} in a request, over all its images and draws",
+                f"at most {self._max_request} in a request, over all its images, each with "
+                f"whole blocks of {likelihood.BLOCK}, {ADAPTATION} more of them, and its draws",
                 str(cost),
             )
         tasks = [_Task(job) for job in jobs]
@@ -277,10 +288,12 @@ class Engine:
             if not self._open:
                 raise NotReady("The service is starting or shutting down.")
             if self._waiting and self._waiting + cost > self._max_waiting:
-                seconds = math.ceil(self._waiting / self._rate)
+                seconds = math.ceil(self._waiting * self._spent / self._done)
                 raise Overloaded(
                     waiting=self._waiting + cost, limit=self._max_waiting, seconds=seconds
                 )
+            if not self._waiting:
+                self._beat = time.monotonic()  # the thread has had nothing to come round for
             self._waiting += cost
             for task in tasks:
                 self._inbox.put(task)
@@ -293,7 +306,6 @@ class Engine:
         with torch.inference_mode():
             while not (stopping and not active):
                 stopping |= self._receive(active, block=not active and not stopping)
-                self._beat = time.monotonic()
                 active = [task for task in active if self._advance(task)]
 
     def _receive(self, active: list[_Task], *, block: bool) -> bool:
@@ -312,16 +324,19 @@ class Engine:
 
     def _advance(self, task: _Task) -> bool:
         """Does a task's next block; says whether there are more."""
+        started = self._beat = time.monotonic()
         if task.future.cancelled():
             self._leave(task)
             return False
         try:
-            started = time.monotonic()
+            if started > self._deadline:
+                raise NotReady("The service is shutting down.")  # noqa: TRY301
             if task.stages is None:
                 task.stages = task.job.stages(self._models[task.job.model].model)
             next(task.stages)
-            self._measure(time.monotonic() - started)
+            task.seconds += time.monotonic() - started
         except StopIteration as done:
+            self._measure(task)
             self._answer(task, result=done.value)
         except Problem as problem:
             self._answer(task, problem=problem)
@@ -346,13 +361,19 @@ class Engine:
         with self._lock:
             self._waiting -= task.job.cost
 
-    def _measure(self, seconds: float) -> None:
-        """Moves the rate, in particles a second, towards that of a block."""
-        if seconds > 0:
-            self._rate += 0.02 * (likelihood.BLOCK / seconds - self._rate)
+    def _measure(self, task: _Task) -> None:
+        """Counts a finished task in the rate, the latest the most."""
+        with self._lock:
+            self._done = 0.9 * self._done + task.job.cost
+            self._spent = 0.9 * self._spent + task.seconds
 
     def _since_beat(self) -> float:
         return time.monotonic() - self._beat
+
+    def _read(self, name: str) -> None:
+        with self._reading:
+            if name not in self._models:
+                self._models[name] = checkpoint.read(self._folder / name, device=self._device)
 
     def _names(self) -> list[str]:
         if not self._folder.is_dir():
@@ -363,6 +384,12 @@ class Engine:
 
 STUCK = 30.0
 """Seconds after which an engine that has not come round is not ready: no block takes so long."""
+ADAPTATION = 5
+"""Blocks that an image's proposal takes before the first of its particles."""
+
+
+def _rows(particles: int) -> int:
+    return (math.ceil(particles / likelihood.BLOCK) + ADAPTATION) * likelihood.BLOCK
 
 
 def _incomplete(values: np.ndarray, missing: np.ndarray, device: torch.device) -> Incomplete:

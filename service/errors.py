@@ -5,7 +5,7 @@
     ├── UnknownModel          404
     ├── NotAcceptable         406  a picture was asked for, but the answer is several
     ├── TooLarge              413  more bytes or more work than one request may bring
-    ├── UnknownFormat         415  not an image or an array that can be read
+    ├── UnknownFormat         415  not a body, an image or an array that can be read
     ├── BadInput              422  a field with a value that it cannot have
     ├── Overloaded            429  the queue is full; Retry-After says when it will not be
     ├── Failed                500  a fault of ours
@@ -100,7 +100,7 @@ class TooLarge(Problem):
 
 
 class UnknownFormat(Problem):
-    """Not an image or an array that can be read."""
+    """Not a body, an image or an array that can be read."""
 
     status, slug = 415, "unknown-format"
 

@@ -8,6 +8,7 @@ are validated by the same types and fail with the same problems: each `image` wi
 import base64
 import json
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
@@ -45,12 +46,16 @@ async def _fields(request: Request) -> dict[str, Any]:
         async with request.form(max_files=1024, max_fields=64) as form:
             return await _request(form)
     except HTTPException as error:
+        if error.status_code != HTTPStatus.BAD_REQUEST:
+            raise
         raise BadRequest(f"Expected a multipart form; got {error.detail}.") from error
 
 
 async def _request(form: FormData) -> dict[str, Any]:
     pictures = {name: [await _picture(name, v) for v in form.getlist(name)] for name in PICTURES}
-    fields: dict[str, Any] = {"images": _items(pictures)} if pictures["image"] else {}
+    if not pictures["image"]:
+        raise BadInput.of("image", "a file", "nothing")
+    fields: dict[str, Any] = {"images": _items(pictures)}
     for name, value in form.multi_items():
         if name in PICTURES:
             continue

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from pydantic_core import PydanticCustomError
 
 from service.example import IMAGE, MASK
 
@@ -26,17 +27,30 @@ __all__ = [
 
 MAX_IMAGES, MAX_DRAWS, MAX_PARTICLES, MAX_SAMPLES, MAX_SEED = 256, 100, 1_000_000, 256, 2**53 - 1
 
+
+def _text_or_lists(value: Any) -> str | list[Any]:
+    """One error where a union has one for each of its members."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("pixels", "base64 text or nested lists")
+    return value
+
+
 Encoding = Literal["png", "npy", "list"]
-Pixels = Annotated[
+Encoded = Annotated[
     str | list[Any],
+    PlainValidator(_text_or_lists, json_schema_input_type=str | list[Any]),
+]
+Pixels = Annotated[
+    Encoded,
     Field(
         description="Base64 of a PNG, JPEG, WebP, TIFF (8-bit, one frame) or NPY file, or nested "
-        "lists of rows. Arrays hold floats from 0 to 1, or integers: 0 and 1 when none is larger, "
-        "levels to 255 otherwise. Missing by themselves: alpha 0, null in lists, NaN in NPY."
+        "lists of rows. Lists hold numbers from 0 to 1; NPY holds floats from 0 to 1, or "
+        "integers: 0 and 1 when none is larger, levels to 255 otherwise. "
+        "Missing by themselves: alpha 0, null in lists, NaN in NPY."
     ),
 ]
 MaskPixels = Annotated[
-    str | list[Any],
+    Encoded,
     Field(
         description="Which pixels are missing: levels above 127 in a picture, true or 1 in "
         "arrays. Same size as the image."

@@ -20,14 +20,17 @@ class Settings(BaseSettings):
     )
     http_host: str = Field("127.0.0.1", description="Address to listen on.")
     http_port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks one.")
-    device: str = Field("auto", description="auto, cpu or cuda.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1."
+    )
     threads: PositiveInt = Field(
         default_factory=lambda: max(1, int(processors()) - 1),
         description="Threads of the model; by default all processors that may be used but one.",
     )
     max_body: PositiveInt = Field(32 * 2**20, description="Bytes of a request's body.")
     max_request: PositiveInt = Field(
-        2_000_000, description="Particles of one request, images times particles."
+        2_000_000,
+        description="Particles of one request: in whole blocks, with what each image adds.",
     )
     max_waiting: PositiveInt = Field(
         4_000_000, description="Particles that may wait; more are refused with 429."
@@ -37,7 +40,8 @@ class Settings(BaseSettings):
 
 def processors() -> float:
     """How many processors this process may use, by affinity and by the control group's quota."""
-    allowed = float(len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    allowed = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

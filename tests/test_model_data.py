@@ -1,13 +1,15 @@
 """Images of users' archives and folders, their splits, and pictures of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from model.data import DataError, Dataset, Images, load, save_picture
+from model.data import DataError, Dataset, Images, Split, load, save_picture
+from model.noise import Noise
 
 
 def _images(seed: int, *shape: int, top: int = 255) -> np.ndarray:
@@ -302,6 +304,67 @@ def test_images_are_sliced_with_their_masks() -> None:
     assert picked.pixels.flatten().tolist() == [4, 0]
     assert picked.observed is not None
     assert picked.observed.flatten().tolist() == [True, False]
+
+
+def _split(images: Images, **changes: Any) -> Split:
+    settings: dict[str, Any] = {"missing": "none", "redraw": False, "binarise": "threshold"}
+    device, noise = torch.device("cpu"), Noise(0)
+    return Split(images, **{**settings, **changes}, noise=noise, device=device)
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_masks_of_each_epoch(*, redraw: bool) -> None:
+    """Masks are drawn once, or others in every epoch, the same whenever one returns to it."""
+    images = Images(pixels=torch.zeros(20, 1, 6, 6, dtype=torch.uint8))
+    split, masks = _split(images, missing="patches:3", redraw=redraw), list[torch.Tensor]()
+    for epoch in (0, 1, 2, 0, 1):
+        split.turn_to(epoch)
+        masks.append(split.observed)
+    differ = [not torch.equal(masks[0], mask) for mask in masks]
+
+    assert differ == ([False, True, True, False, True] if redraw else [False] * 5)
+    assert torch.equal(masks[1], masks[4])
+    assert (~masks[2]).flatten(1).sum(1).tolist() == [12] * 20
+
+
+def test_own_masks_stay_hidden() -> None:
+    """A pixel that an image lacks is lacking under every mechanism."""
+    own = torch.rand(20, 1, 6, 6, generator=Noise(1).generator()) < 0.5
+    pixels = torch.full((20, 1, 6, 6), 255, dtype=torch.uint8)
+    split = _split(Images(pixels=pixels, observed=own), missing="mcar:0.5", redraw=True)
+    split.turn_to(3)
+    batch = split.batch(slice(0, 20), Noise(0))
+
+    assert not (batch.observed & ~own).any()
+    assert torch.equal(batch.values == 1, batch.observed)
+    assert 100 < batch.observed.sum() < own.sum()
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    """An epoch visits each image once."""
+    split = _split(Images(pixels=torch.zeros(20, 1, 1, 1, dtype=torch.uint8)))
+    orders = [split.order]
+    split.turn_to(1)
+    orders.append(split.order)
+
+    assert not torch.equal(*orders)
+    assert all(order.sort().values.tolist() == list(range(20)) for order in orders)
+
+
+def test_threshold_is_fixed_and_bernoulli_drawn() -> None:
+    """Above 127 is one; or one with the probability of the level, anew for every batch."""
+    levels = torch.tensor([0, 64, 127, 128, 255], dtype=torch.uint8)
+    images = Images(pixels=levels.expand(4000, 1, 1, 5).contiguous())
+    fixed = _split(images).batch(slice(0, 4000), Noise(1)).values
+    split = _split(images, binarise="bernoulli")
+    drawn = [split.batch(slice(0, 4000), Noise(seed)).values for seed in (1, 2, 1)]
+
+    assert fixed.mean((0, 1, 2)).tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.allclose(drawn[0].mean((0, 1, 2)), levels / 255, atol=0.03)
+    assert drawn[0][..., 0].max() == 0
+    assert drawn[0][..., 4].min() == 1
 
 
 def test_picture_is_a_grid_with_separators(tmp_path: Path) -> None:

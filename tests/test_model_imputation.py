@@ -11,7 +11,7 @@ from model.imputation import Completions, impute
 from model.latent import LatentVariableModel
 from model.likelihood import PROPOSALS, blocks, finish
 from model.masks import Incomplete
-from model.noise import Noise, NoisePerImage
+from model.noise import Noise, NoisePerImage, Source
 from tests.conftest import (
     Quadrature,
     copies,
@@ -20,7 +20,6 @@ from tests.conftest import (
     some_incomplete,
     standard_errors,
 )
-
 
 COUNT = 1500
 
@@ -57,7 +56,7 @@ def test_mean_and_deviation_are_those_of_the_posterior(proposal: str):
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_draws_are_completions_with_the_models_probabilities(proposal: str):
     """Every completion x_m comes as often as p(x_m | x_o) says, correlations included."""
-    model, images = fixed_model(), some_incomplete(1, seed=4)
+    model, images = fixed_model(), some_incomplete(1, seed=12)
     rule = Quadrature.of(model)
     repeats = copies(images, COUNT)
     draws = _impute(model, repeats, particles=128, proposal=proposal).draws.flatten(1)
@@ -114,13 +113,36 @@ def test_with_everything_missing_the_prior_is_imputed():
     assert standard_errors(found.draws[:, 0], exact).abs().max() < 4.5
 
 
+def test_draws_take_particles_of_every_block_by_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each draw's latent is particle k with probability w̃_k, whichever block it came in."""
+    model, images, taken = fixed_model(), some_incomplete(1), list[Tensor]()
+    whole = LatentVariableModel.impute
+
+    def recorded(
+        self: LatentVariableModel, images: Incomplete, latents: Tensor, noise: Source
+    ) -> Tensor:
+        taken.append(latents)
+        return whole(self, images, latents, noise)
+
+    monkeypatch.setattr(LatentVariableModel, "impute", recorded)
+    _impute(model, images, particles=200, draws=5000, proposal="zero-filled")
+    parts = list(blocks(model, images, _noise(1), particles=200, proposal="zero-filled"))
+    z = torch.cat([p.latents for p in parts], 1)[0]
+    w = torch.cat([p.log_weights for p in parts], 1)[0].softmax(-1)
+    counts = (taken[-1][0][:, None] == z).all(-1).sum(0).split([64, 64, 64, 8])
+
+    shares = torch.stack([part.sum() for part in w.split([64, 64, 64, 8])])
+    assert sum(int(c.sum()) for c in counts) == 5000
+    assert chisquare([int(c.sum()) for c in counts], 5000 * shares).pvalue > 1e-3
+
+
 def test_completions_carry_the_likelihood_of_what_was_seen():
     """It is the estimate that `score` makes of the same particles."""
     model, images = fixed_model(), some_incomplete()
     found = _impute(model, images, particles=130)
-    log_w = torch.cat(
-        [b.log_weights for b in blocks(model, images, _noise(6), particles=130)], -1
-    )
+    log_w = torch.cat([b.log_weights for b in blocks(model, images, _noise(6), particles=130)], -1)
 
     assert found.log_likelihood.particles == 130
     torch.testing.assert_close(

@@ -2,21 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch import Tensor
-from torch.distributions import (
-    Bernoulli as TorchBernoulli,
-)
-from torch.distributions import (
-    Categorical,
-    Independent,
-    MixtureSameFamily,
-    Normal,
-    kl_divergence,
-)
+from torch import Tensor, distributions
+from torch.distributions import Independent, MixtureSameFamily, Normal, kl_divergence
 
 from model.latent import Architecture, Bernoulli, GaussianMixture, Proposal, StandardNormal
 from model.masks import Incomplete
@@ -29,7 +21,7 @@ from tests.conftest import (
     standard_errors,
 )
 
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
+assert_agree = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
 LIKE = torch.zeros((), dtype=torch.float64)
 
 
@@ -43,28 +35,28 @@ def _mixture(components: int, *, batch: int = 1, latent: int = 2) -> GaussianMix
 
 def _torch(mixture: GaussianMixture) -> MixtureSameFamily:
     return MixtureSameFamily(
-        Categorical(logits=torch.zeros(mixture.mean.shape[:2], dtype=torch.float64)),
+        distributions.Categorical(logits=torch.zeros(mixture.mean.shape[:2], dtype=torch.float64)),
         Independent(Normal(mixture.mean, mixture.log_std.exp()), 1),
     )
 
 
 @pytest.mark.parametrize("components", [1, 2, 7])
 def test_the_mixtures_density_is_that_of_torch(components: int):
-    """log_density is MixtureSameFamily's."""
+    """Its log_density is MixtureSameFamily's."""
     mixture = _mixture(components, batch=3, latent=4)
     z = 2 * Noise(3).normal(3, 5, 4, like=LIKE)
 
     expected = _torch(mixture).log_prob(z.transpose(0, 1)).T
-    torch.testing.assert_close(mixture.log_density(z), expected, **EXACT)
-    torch.testing.assert_close(mixture.detach().log_density(z), expected, **EXACT)
+    assert_agree(mixture.log_density(z), expected)
+    assert_agree(mixture.detach().log_density(z), expected)
 
 
 def test_the_priors_density_is_that_of_torch():
-    """log p(z) is that of independent standard normals."""
+    """The logarithm of p(z) is that of independent standard normals."""
     z = Noise(3).normal(3, 5, 4, like=LIKE)
 
     expected = Normal(0, 1).log_prob(z).sum(-1)
-    torch.testing.assert_close(StandardNormal(4).log_density(z), expected, **EXACT)
+    assert_agree(StandardNormal(4).log_density(z), expected)
 
 
 @pytest.mark.parametrize("components", [1, 3])
@@ -125,12 +117,12 @@ def test_the_analytic_divergence_is_that_of_torch():
     mixture = _mixture(1, batch=3, latent=4)
     expected = kl_divergence(Normal(mixture.mean, mixture.log_std.exp()), Normal(0, 1))
 
-    torch.testing.assert_close(mixture.divergence(), expected.sum((1, 2)), **EXACT)
+    assert_agree(mixture.divergence(), expected.sum((1, 2)))
 
 
 def test_a_mixture_has_no_analytic_divergence():
     """Asking for it names what was expected and what came."""
-    with pytest.raises(ValueError, match="Expected a proposal of one Gaussian .* mixture of 2"):
+    with pytest.raises(ValueError, match=r"Expected a proposal of one Gaussian .* mixture of 2"):
         _mixture(2).divergence()
 
 
@@ -142,8 +134,8 @@ def test_draws_are_reparameterised(components: int):
     z = GaussianMixture(mean, log_std).draw(components, Noise(5))
     to_mean, to_log_std = torch.autograd.grad(z.sum(), [mean, log_std])
 
-    torch.testing.assert_close(to_mean, torch.ones_like(mean), **EXACT)
-    torch.testing.assert_close(to_log_std.sum(1), (z - mean).sum(1).detach(), **EXACT)
+    assert_agree(to_mean, torch.ones_like(mean))
+    assert_agree(to_log_std.sum(1), (z - mean).sum(1).detach())
 
 
 def test_a_detached_proposal_carries_no_gradient():
@@ -166,14 +158,14 @@ def _pixels(*, extreme: float = 1.0) -> tuple[Tensor, Incomplete]:
 def test_the_likelihood_is_that_of_torch(extreme: float):
     """The sums over observed and missing pixels are torch's log_prob and minus its entropy."""
     logits, images = _pixels(extreme=extreme)
-    pixels, seen = TorchBernoulli(logits=logits), images.observed[:, None].double()
+    pixels, seen = distributions.Bernoulli(logits=logits), images.observed[:, None].double()
     density, expected = Bernoulli().log_density(logits, images)
 
     by_torch = (seen * pixels.log_prob(images.values[:, None])).sum((2, 3, 4))
-    torch.testing.assert_close(density, by_torch, **EXACT)
+    assert_agree(density, by_torch)
     if extreme == 1:
         entropy = ((1 - seen) * pixels.entropy()).sum((2, 3, 4))
-        torch.testing.assert_close(expected, -entropy, **EXACT)
+        assert_agree(expected, -entropy)
     assert (expected <= 1e-9).all()
 
 
@@ -199,7 +191,7 @@ def test_the_likelihood_ignores_what_a_hole_holds():
 
 
 def test_the_density_of_some_pixels_is_a_sum():
-    """log p of the seen and of the unseen pixels add up to that of the image."""
+    """The seen pixels' log-probability and the unseen ones' add up to that of the image."""
     logits, images = _pixels()
     truth = some_incomplete(3, seed=9).values
     likelihood = Bernoulli()
@@ -209,11 +201,11 @@ def test_the_density_of_some_pixels_is_a_sum():
         for where in (images.observed, ~images.observed)
     ]
 
-    torch.testing.assert_close(sum(parts), whole, **EXACT)
+    assert_agree(sum(parts), whole)
 
 
 def test_samples_have_the_mean_and_mean_square_of_the_likelihood():
-    """x ~ p(x | z) is binary, with E[x | z] and E[x² | z] as they are said to be."""
+    """An x ~ p(x | z) is binary, with E[x | z] and E[x² | z] as they are said to be."""
     logits, _ = _pixels()
     likelihood, many = Bernoulli(), logits.repeat(1, 2000, 1, 1, 1)
     x = likelihood.sample(many, Noise(8).uniform(*many.shape, like=many))
@@ -271,7 +263,7 @@ def test_any_proposal_will_do():
     model, images, prior = fixed_model(), some_incomplete(1), StandardProposal(2)
     particles = model.particles(images, prior, prior.draw(20, Noise(0)))
 
-    torch.testing.assert_close(particles.log_weights, particles.log_likelihood, **EXACT)
+    assert_agree(particles.log_weights, particles.log_likelihood)
 
 
 def test_the_model_samples_its_own_distribution():
@@ -309,8 +301,8 @@ def test_with_nothing_missing_every_proposal_is_the_encoders(
     images = Incomplete.complete(some_incomplete().values)
     proposal, plain = make(images, Noise(0)), fixed_model().zero_filled(images)
 
-    torch.testing.assert_close(proposal.mean, plain.mean.expand(-1, 3, -1), **EXACT)
-    torch.testing.assert_close(proposal.log_std, plain.log_std.expand(-1, 3, -1), **EXACT)
+    assert_agree(proposal.mean, plain.mean.expand(-1, 3, -1))
+    assert_agree(proposal.log_std, plain.log_std.expand(-1, 3, -1))
 
 
 def test_the_first_pass_fills_with_the_models_own_pixels():
@@ -342,6 +334,7 @@ def test_a_model_is_rebuilt_from_its_architecture_and_noise():
     architecture = Architecture(image_shape=(1, 2, 3), latent=2, hidden=(5, 4))
     one, same, other = (dict(architecture.build(Noise(s)).named_parameters()) for s in (0, 0, 1))
 
+    assert architecture.build(Noise(0)).device == torch.device("cpu")
     for name, weight in one.items():
         assert torch.equal(weight, same[name])
         if name.endswith("bias"):

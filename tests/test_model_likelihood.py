@@ -33,9 +33,7 @@ def _score(
     seed: int = 0,
 ) -> Scores:
     noise = NoisePerImage.of(seed, indices or range(len(images)))
-    return finish(
-        score(model, images, noise, particles=particles, proposal=proposal, truth=truth)
-    )
+    return finish(score(model, images, noise, particles=particles, proposal=proposal, truth=truth))
 
 
 def _completions(images: Incomplete) -> tuple[Incomplete, Tensor]:
@@ -96,18 +94,18 @@ def test_the_claimed_errors_are_the_repeats_errors(proposal: str):
     images, truth = some_incomplete(3), some_incomplete(3, seed=2).values
     scores = _score(
         model,
-        copies(images, 300),
+        copies(images, 200),
         particles=320,
         proposal=proposal,
-        truth=truth.repeat_interleave(300, 0),
+        truth=truth.repeat_interleave(200, 0),
     )
 
     assert scores.conditional is not None
     for estimate in (scores.log_likelihood, scores.conditional):
-        spread = estimate.value.reshape(3, 300).std(1)
-        claimed = estimate.standard_error.reshape(3, 300).square().mean(1).sqrt()
+        spread = estimate.value.reshape(3, 200).std(1)
+        claimed = estimate.standard_error.reshape(3, 200).square().mean(1).sqrt()
         # Twice the error that a normal sample's deviation would have, for heavier tails.
-        assert (spread / claimed - 1).abs().max() < 8 / math.sqrt(2 * 300)
+        assert (spread / claimed - 1).abs().max() < 8 / math.sqrt(2 * 200)
 
 
 @pytest.mark.parametrize("particles", [1, 3, 100])
@@ -133,7 +131,7 @@ def test_the_conditional_sums_to_one_for_any_particles(proposal: str, particles:
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_the_conditional_is_that_of_the_model(proposal: str):
-    """log p̂(x_m | x_o) is log p(x) − log p(x_o) by quadrature, within its standard error."""
+    """It is log p(x) − log p(x_o) by quadrature, within its standard error."""
     model, images = fixed_model(), some_incomplete(60)
     truth = fixed_model().sample(60, NoisePerImage.of(1, [0]).noises[0])
     truth = images.fill(truth)
@@ -148,7 +146,7 @@ def test_the_conditional_is_that_of_the_model(proposal: str):
 
 
 def test_with_everything_missing_the_probability_is_one():
-    """log p of no pixels is 0 for any number of particles, with no error, reliably."""
+    """No pixels have log p = 0 for any number of particles, with no error, reliably."""
     blank = Incomplete.hide(every_image()[:3], torch.zeros(3, 1, 3, 3, dtype=torch.bool))
     scores = _score(fixed_model(), blank, particles=100)
 
@@ -162,7 +160,7 @@ def test_with_everything_missing_the_probability_is_one():
 
 
 def test_with_nothing_missing_the_conditional_is_one():
-    """log p(x_m | x_o) of no pixels is exactly 0."""
+    """No pixels have log p(x_m | x_o) = 0, exactly."""
     images = Incomplete.complete(some_incomplete().values)
     scores = _score(fixed_model(), images, particles=70, truth=images.values)
 

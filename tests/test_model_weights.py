@@ -1,6 +1,7 @@
 """The algebra of weights against one pass, counting and exact distributions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from model.weights import (
     resample,
 )
 
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+assert_agree = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 @st.composite
@@ -35,9 +36,7 @@ def splits(draw: st.DrawFn) -> tuple[Tensor, list[int]]:
 
 
 def _sums(log_weights: Tensor, sizes: list[int] | None = None) -> WeightSums:
-    sums = WeightSums.empty(
-        len(log_weights), particles=log_weights.shape[-1], like=log_weights
-    )
+    sums = WeightSums.empty(len(log_weights), particles=log_weights.shape[-1], like=log_weights)
     for block in log_weights.split(sizes or [log_weights.shape[-1]], dim=-1):
         sums = sums.update(block)
     return sums
@@ -53,10 +52,10 @@ def test_sums_do_not_depend_on_the_blocks(case: tuple[Tensor, list[int]]):
     error = (1 / ess - 1 / log_w.shape[-1]).clamp(min=0).sqrt()
 
     assert sums.particles == log_w.shape[-1]
-    torch.testing.assert_close(sums.log_mean, log_mean_exp(log_w), **EXACT)
+    assert_agree(sums.log_mean, log_mean_exp(log_w))
     torch.testing.assert_close(sums.effective_sample_size, ess, rtol=1e-11, atol=0)
     torch.testing.assert_close(effective_sample_size(log_w), ess, rtol=1e-11, atol=0)
-    torch.testing.assert_close(sums.standard_error.square(), error.square(), **EXACT)
+    assert_agree(sums.standard_error.square(), error.square())
     torch.testing.assert_close(sums.largest, _sums(log_w).largest, rtol=0, atol=0)
     torch.testing.assert_close(
         sums.pareto_k, _sums(log_w).pareto_k, rtol=0, atol=0, equal_nan=True
@@ -74,7 +73,7 @@ def test_the_mean_does_not_depend_on_the_blocks(case: tuple[Tensor, list[int]]):
         sums, mean = sums.update(block), mean.update(block, part, share)
 
     expected = (normalise(log_w)[..., None, None] * vectors).sum(1)
-    torch.testing.assert_close(mean.value, expected, **EXACT)
+    assert_agree(mean.value, expected)
 
 
 @given(splits())
