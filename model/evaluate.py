@@ -30,7 +30,7 @@ from model.noise import Noise, NoisePerImage
 __all__ = ["MASKS", "evaluate", "picture"]
 
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
-CHUNK = 20
+CHUNK = 10
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
 
 

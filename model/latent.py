@@ -279,12 +279,12 @@ class LatentVariableModel(nn.Module):
         return self.encode(fillings)
 
     def adapted(
-        self, images: Incomplete, noise: Source, *, imputations: int = 64, rounds: int = 2
+        self, images: Incomplete, noise: Source, *, imputations: int = 64, rounds: int = 6
     ) -> GaussianMixture:
         """The mixture over imputations that have been moved towards p(x_m | x_o).
 
         In each round a particle of every component is weighted, and the holes are filled anew
-        from particles resampled by the square roots of the weights, which keeps the components
+        from particles resampled by the fifth roots of the weights, which keeps the components
         from falling onto one. The idea is that of latent-adaptive importance resampling (Simkus
         and Gutmann, "Conditional sampling of variational autoencoders via iterated approximate
         ancestral sampling", 2023). Particles of the last mixture alone are used, so that their
@@ -296,7 +296,7 @@ class LatentVariableModel(nn.Module):
             latents = proposal.draw(imputations, source)
             log_w = self.particles(images, proposal, latents).log_weights
             uniforms = source.at("resample").uniform(*log_w.shape, like=log_w)
-            picked = resample(log_w / 2, uniforms)[..., None].expand_as(latents)
+            picked = resample(log_w / 5, uniforms)[..., None].expand_as(latents)
             fillings = self.impute(images, latents.gather(1, picked), source.at("filling"))
             proposal = self.encode(fillings)
         blank = ~images.observed.flatten(1).any(1)[:, None, None]

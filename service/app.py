@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.exception_handler(Problem)(_problem)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_refused)
+    app.exception_handler(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)(_too_large)
     app.exception_handler(api.ClientGone)(_gone)
     app.exception_handler(Exception)(_fault)
     app.include_router(api.router, max_body_size=settings.max_body)
@@ -111,6 +113,11 @@ def _lower(sentence: str) -> str:
 async def _refused(_request: Request, refusal: HTTPException) -> Response:
     document = _framework_document(refusal.status_code, str(refusal.detail))
     return _answer(document, dict(refusal.headers or {}))
+
+
+async def _too_large(_request: Request, _refusal: Exception) -> Response:
+    """For ProblemDocuments to word, which knows the limit."""
+    return PlainTextResponse("", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
 async def _gone(_request: Request, _gone: api.ClientGone) -> Response:

@@ -83,7 +83,9 @@ def read_mask(value: Encoded, shape: Shape, *, field: str) -> np.ndarray:
     if isinstance(content, bytes):
         return np.asarray(_open(content, field, shape).convert("L")) > MASK_CUT
     array = _channels_first(content, field, (1, *shape[1:]))[0]
-    if not np.isin(array, np.arange(MAX_LEVEL + 1)).all():
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        whole = np.isin(array, np.arange(MAX_LEVEL + 1))
+    if not whole.all():
         raise BadInput.of(field, "true and false, or 0 and 1, or levels to 255", "other numbers")
     return array > (0 if array.max(initial=0) <= 1 else MASK_CUT)
 

@@ -234,6 +234,11 @@ class Engine:
         idle = self._waiting == 0
         return self._open and self._thread.is_alive() and (idle or self._since_beat() < STUCK)
 
+    @property
+    def waiting(self) -> int:
+        """The cost of what was admitted and is not finished."""
+        return self._waiting
+
     def cards(self) -> dict[str, Card]:
         """The card of each model that can be used, by name."""
         for name in self._names():

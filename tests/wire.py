@@ -73,10 +73,18 @@ def serving(app: FastAPI) -> Generator[str]:
     """The address of a real server of the application, on a port of its own."""
     config = uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=5)
     server = _Server(config)
-    thread = threading.Thread(target=server.run)
+
+    def run() -> None:
+        try:
+            server.run()
+        finally:
+            server.listens.set()
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         assert server.listens.wait(30)
+        assert server.started
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
