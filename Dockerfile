@@ -1,23 +1,24 @@
-# What the service depends on; a change of the source leaves this stage, the slow and large one, as it is.
+# All that the service stands on. A change of its source leaves this stage, the slow and large one, as it is.
 FROM python:3.11-slim AS dependencies
 WORKDIR /build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv --without-pip /opt/venv
-COPY requirements.lock pyproject.toml ./
-# PyPI's torch for Linux brings 4 GB of CUDA with it; PyTorch's own index has one for the CPU. It ranks above
-# PyPI's as 2.13.0+cpu. Empty (--build-arg TORCH_INDEX=) takes what pip's usual indexes have, as pip does when the
-# index cannot be reached; https://download.pytorch.org/whl/cu130 makes an image for a GPU.
+# PyPI's torch for Linux brings gigabytes of CUDA along; PyTorch's own index has one for the CPU alone, which ranks
+# above it for its "+cpu". Another index makes an image for a GPU; an empty one (--build-arg TORCH_INDEX=) leaves the
+# choice to pip's usual indexes, and so, after a few warnings, does one that cannot be reached.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY requirements.lock ./
 RUN pip --python /opt/venv/bin/python install --no-deps --constraint requirements.lock \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
-# The rest, read from pyproject.toml. Headers and tests are of no use in a service; torch looks for its shm manager.
+# The rest, as pyproject.toml has it; without headers and tests, which serve nobody here. torch/bin is tests too,
+# but for the shared memory manager that torch asks for when it is imported.
+COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > dependencies.txt \
  && pip --python /opt/venv/bin/python install --constraint requirements.lock --requirement dependencies.txt \
- && cd /opt/venv/lib/python3.11/site-packages \
- && rm -rf torch/include torch/test \
- && find torch/bin -type f ! -name torch_shm_manager -delete \
- && find sympy networkx numpy -type d -name tests -prune -exec rm -rf {} +
+ && rm -rf /opt/venv/lib/python*/site-packages/torch/include /opt/venv/lib/python*/site-packages/torch/test \
+ && find /opt/venv/lib/python*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete \
+ && find /opt/venv/lib -type d -name tests -prune -exec rm -rf {} +
 
 FROM dependencies AS wheel
 COPY README.md LICENSE ./
@@ -41,6 +42,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     MISS_IWEM_HTTP_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8000
+# uvicorn drains at SIGINT as at SIGTERM, but ends with 0 after the one and as if killed (143) after the other.
+STOPSIGNAL SIGINT
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
 CMD ["miss-iwem", "serve"]

@@ -389,8 +389,8 @@ class Engine:
 
 STUCK = 30.0
 """Seconds after which an engine that has not come round is not ready: no block takes so long."""
-ADAPTATION = 5
-"""Blocks that an image's proposal takes before the first of its particles."""
+ADAPTATION = 13
+"""Blocks that an image's proposal takes before its first particle: one, and two a round."""
 
 
 def _rows(particles: int) -> int:

@@ -43,7 +43,7 @@ def processors() -> float:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     allowed = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return min(allowed, quota / period)
+    except (OSError, ValueError, ZeroDivisionError):  # no control group, or its quota is "max"
         return allowed
-    return allowed if quota == "max" else min(allowed, int(quota) / int(period))

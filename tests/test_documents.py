@@ -1,0 +1,88 @@
+"""Documents that can be wrong are tests."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import checkpoint
+from model.masks import FORMS, MECHANISMS
+from model.objectives import OBJECTIVES, P_STEPS
+from service.app import create_app
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
+MODEL = (ROOT / "docs/model.md").read_text()
+SHIPPED = checkpoint.read_card(ROOT / "checkpoints/static-mnist-miss-iwem")
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    """A version is released with its changes written down."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    top = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert top is not None
+    assert top[1] == version
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented(name: str) -> None:
+    """docs/api.md lists each environment variable."""
+    assert f"`MISS_IWEM_{name.upper()}`" in API
+
+
+def test_every_route_is_documented() -> None:
+    """docs/api.md lists each route of the application."""
+    paths = create_app(Settings()).openapi()["paths"]
+
+    assert [path for path in paths if path not in API] == []
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, *P_STEPS])
+def test_every_objective_is_documented(name: str) -> None:
+    """docs/model.md names each objective and each P-step."""
+    assert f"`{name}`" in MODEL or name == "slides"
+
+
+def test_every_mechanism_can_be_asked_for_by_the_text_of_its_error() -> None:
+    """The message that lists the mechanisms lists all of them."""
+    assert {form.partition(":")[0].partition("[")[0].partition(" ")[0] for form in FORMS} == set(
+        MECHANISMS
+    )
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    """Links and paths of the README lead somewhere."""
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"@(docs/[\w.]+)", README)
+
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def predictive_row(result: dict[str, Any]) -> str:
+    """A row of the README's table."""
+    return (
+        f"| `{result['mask']}` | {result['proposal']} | {result['missing_pixels']:.0f} "
+        f"| {-result['mean']:.1f} ± {result['standard_error']:.1f} "
+        f"| {-result['nats_per_missing_pixel']:.3f} |"
+    )
+
+
+@pytest.mark.parametrize(
+    "row", [predictive_row(result) for result in SHIPPED.results["predictive"]]
+)
+def test_the_readme_gives_the_numbers_of_the_card(row: str) -> None:
+    """The README's table of predictive scores is the card's."""
+    assert row in README
+
+
+def test_the_readme_gives_the_likelihood_of_the_card() -> None:
+    """The README's raw test log-likelihood is the card's."""
+    raw = SHIPPED.results["raw"]
+
+    assert f"**{raw['mean']:.2f} ± {raw['standard_error']:.2f} nats**" in README
+    assert f"K = {raw['particles']}" in README

@@ -1,0 +1,81 @@
+"""Evaluation: the card is filled with what was measured, and pictures show it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model import checkpoint
+from model.checkpoint import Card, Checkpoint
+from model.evaluate import evaluate, picture
+from model.latent import Architecture
+from model.noise import Noise
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with random weights, whose data set is an archive of 6x6 images."""
+    generator = np.random.default_rng(0)
+    splits = {name: generator.random((40, 6, 6)) < 0.4 for name in ("train", "validation", "test")}
+    np.savez(tmp_path / "tiny.npz", **{k: v.astype(np.uint8) for k, v in splits.items()})
+    architecture = Architecture(image_shape=(1, 6, 6), latent=2, hidden=(8,))
+    card = Card(
+        name="tiny",
+        architecture=architecture,
+        binarise="threshold",
+        objective="miss-iwem",
+        missing="patches:3, drawn once",
+        recipe={},
+        data={"name": str(tmp_path / "tiny.npz")},
+        training={},
+    )
+    checkpoint.write(tmp_path / "tiny", Checkpoint(architecture.build(Noise(0)), card))
+    return tmp_path / "tiny"
+
+
+def test_results_go_into_the_card_with_what_they_were_measured_with(folder: Path) -> None:
+    """Every result names its estimator, particles, proposal, images and standard error."""
+    evaluate(folder, images=12, particles=70, raw_images=11, raw_particles=130, masks=("half",))
+
+    results = checkpoint.read(folder).card.results
+    (adapted, own) = results["predictive"]
+    assert (results["raw"]["images"], results["raw"]["particles"]) == (11, 130)
+    assert (adapted["mask"], adapted["missing_pixels"], adapted["proposal"]) == (
+        "half",
+        18.0,
+        "adapted",
+    )
+    assert own["proposal"] == "own"
+    for result in (results["raw"], adapted, own):
+        assert result["standard_error"] > 0
+        assert result["estimator"]
+        assert result["seed"] == 0
+
+
+def test_the_same_evaluation_gives_the_same_numbers(folder: Path) -> None:
+    """An evaluation is determined by its seed; the weights are left as they were."""
+    before = checkpoint.read_card(folder).weights_sha256
+
+    def again() -> Card:
+        return evaluate(
+            folder, images=5, particles=64, raw_images=5, raw_particles=64, masks=("mcar:0.5",)
+        )
+
+    first, second = again(), again()
+
+    assert json.dumps(first.results) == json.dumps(second.results)
+    assert second.weights_sha256 == before
+
+
+@pytest.mark.parametrize("ambiguous", [False, True])
+def test_a_picture_has_a_column_an_image_and_a_row_a_part(
+    folder: Path, tmp_path: Path, ambiguous: bool
+) -> None:
+    """Truth, seen, mean and draws are rows; images are columns."""
+    path = tmp_path / "picture.png"
+    picture(folder, path, missing="half", images=3, draws=2, ambiguous=ambiguous, particles=64)
+
+    with Image.open(path) as image:
+        assert image.width < image.height

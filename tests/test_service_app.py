@@ -1,0 +1,241 @@
+"""The application: its life, and how failures leave it."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from model.checkpoint import CheckpointError
+from service.app import create_app
+from service.engine import Engine
+from tests.wire import settings_for, write_checkpoint
+
+T = TypeVar("T")
+ROOT = Path(__file__).parent.parent
+IMAGE = {"image": [[0, 1, 0, 1, 0]] * 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """The engines that applications make."""
+    made: list[Engine] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Engine:
+        made.append(Engine(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("service.app.Engine", recorded)
+    return made
+
+
+@asynccontextmanager
+async def _running(app: FastAPI) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client of a started application, without a server."""
+    async with app.router.lifespan_context(app) as state:
+
+        async def with_state(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, "state": dict(state or {})}, receive, send)
+
+        transport = httpx.ASGITransport(with_state, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+
+
+def _run(scenario: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    return asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def _get(app: FastAPI, path: str) -> httpx.Response:
+    async def scenario() -> httpx.Response:
+        async with _running(app) as client:
+            return await client.get(path)
+
+    return _run(scenario)
+
+
+def _problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    document = answer.json()
+    assert (document["status"], document["type"]) == (status, f"urn:miss-iwem:problem:{slug}")
+    return document
+
+
+def test_nothing_is_opened_before_the_start(tmp_path: Path, engines: list[Engine]):
+    """An application is built without a folder or a thread; it is the start that needs them."""
+    app = create_app(settings_for(tmp_path / "nowhere"))
+    assert not engines
+
+    with pytest.raises(CheckpointError, match="got none"):
+        _get(app, "/health/live")
+
+
+def test_the_engine_lives_as_long_as_the_application(folder: Path, engines: list[Engine]):
+    """It is ready when the first request comes, and has ended when the last has gone."""
+
+    async def scenario() -> None:
+        async with _running(create_app(settings_for(folder))) as client:
+            assert engines[0].ready
+            assert (await client.get("/health/ready")).status_code == 200
+        assert not engines[0].ready
+
+    _run(scenario)
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_service_that_stops_is_alive_but_not_ready(folder: Path, engines: list[Engine]):
+    """While it drains: 503 with a time to come back; cards are still read."""
+
+    async def scenario() -> None:
+        async with _running(create_app(settings_for(folder))) as client:
+            engines[0].stop(seconds=5)
+            ready = await client.get("/health/ready")
+            impute = await client.post("/v1/impute", json={"images": [IMAGE], "particles": 1})
+            for answer in (ready, impute):
+                _problem(answer, 503, "not-ready")
+                assert answer.headers["retry-after"] == "1"
+            assert (await client.get("/health/live")).status_code == 200
+            assert (await client.get("/v1/models/tiny")).status_code == 200
+
+    _run(scenario)
+
+
+def test_a_fault_is_a_problem_that_says_nothing_of_it(folder: Path):
+    """What was not foreseen is a 500 without its words, which are in the log."""
+    app = create_app(settings_for(folder))
+
+    @app.get("/fault")
+    async def fault() -> None:
+        raise RuntimeError("a secret")
+
+    document = _problem(_get(app, "/fault"), 500, "failed")
+    assert "secret" not in str(document)
+
+
+def test_failures_that_others_word_are_problems_too(folder: Path):
+    """A refusal of the framework, or a plain answer from below, is the same kind of document."""
+    app = create_app(settings_for(folder, max_body=77))
+
+    @app.get("/refused")
+    async def refused() -> None:
+        raise HTTPException(403, "Not for you.", headers={"X-Why": "because"})
+
+    for status in (400, 413, 502):
+        app.add_api_route(f"/{status}", lambda s=status: PlainTextResponse("no " * 9, s))
+
+    answer = _get(app, "/refused")
+    assert _problem(answer, 403, "forbidden")["detail"] == "Not for you."
+    assert answer.headers["x-why"] == "because"
+    _problem(_get(app, "/400"), 400, "bad-request")
+    _problem(_get(app, "/502"), 502, "bad-gateway")
+    assert "77 bytes" in _problem(_get(app, "/413"), 413, "too-large")["detail"]
+
+
+def test_answers_that_are_no_failures_pass(folder: Path):
+    """The documents, the description and redirects are nobody's problem."""
+    app = create_app(settings_for(folder))
+
+    assert _get(app, "/docs").status_code == 200
+    assert _get(app, "/").status_code == 307
+    assert _get(app, "/openapi.json").json()["info"]["title"] == "miss-IWEM"
+
+
+def test_every_setting_of_the_engine_reaches_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is set is what the engine is made with."""
+    given: dict[str, Any] = {}
+
+    def recorded(*arguments: Any, **options: Any) -> Engine:
+        given.update(options, folder=arguments[0])
+        return Engine(*arguments, **options)
+
+    monkeypatch.setattr("service.app.Engine", recorded)
+    settings = settings_for(folder, threads=2, max_request=500, max_waiting=900)
+    _get(create_app(settings), "/health/live")
+
+    assert given == {
+        "folder": folder,
+        "device": "cpu",
+        "threads": 2,
+        "max_request": 500,
+        "max_waiting": 900,
+    }
+
+
+# The process
+
+
+@contextmanager
+def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Popen[str], str]]:
+    """`python -m service serve` as a process of its own, and its address."""
+    variables = {
+        **os.environ,
+        "MISS_IWEM_CHECKPOINTS": str(folder),
+        "MISS_IWEM_MODEL": "tiny",
+        "MISS_IWEM_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    command = [sys.executable, "-m", "service", "serve", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        try:
+            for line in process.stderr:
+                said += line
+                if found := re.search(r"running on (http://\S+)", line):
+                    yield process, found[1]
+                    break
+            else:
+                raise AssertionError(said)
+        finally:
+            process.kill()
+
+
+def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
+    """After SIGTERM a request that was being worked on is answered, and the exit code is 0."""
+    with _process(folder, MISS_IWEM_MAX_WAITING="1") as (process, url):
+        large = {"images": [IMAGE], "particles": 250_000}
+
+        def until_admitted() -> httpx.Response:
+            while True:
+                answer = httpx.post(f"{url}/v1/impute", json=large, timeout=60)
+                if answer.status_code != 429:
+                    return answer
+
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(until_admitted)
+            small = {"images": [IMAGE], "particles": 1}
+            while httpx.post(f"{url}/v1/impute", json=small, timeout=60).status_code != 429:
+                assert not answer.done()
+            process.send_signal(signal.SIGTERM)
+            (result,) = answer.result(60).json()["results"]
+        assert process.stderr is not None
+        said = process.stderr.read()
+
+        assert "Traceback" not in said
+        assert result["log_likelihood"]["particles"] == 250_000
+        assert process.wait(60) == 0

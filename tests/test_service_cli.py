@@ -1,0 +1,132 @@
+"""The command line: it serves what it was told to, and a wrong call ends with 2 and a sentence."""
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from typer.testing import CliRunner, Result
+
+from service import cli
+from service.settings import Settings
+from tests.wire import write_checkpoint
+
+
+def _call(*arguments: str) -> Result:
+    # Wide and without colours, so that words are found whole.
+    environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    return CliRunner(env=environment).invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What would have been served, and how."""
+    given: dict[str, Any] = {}
+
+    def create(settings: Settings) -> FastAPI:
+        given["settings"] = settings
+        return FastAPI()
+
+    def run(_app: FastAPI, **options: Any) -> None:
+        given.update(options)
+
+    monkeypatch.setattr(cli, "create_app", create)
+    monkeypatch.setattr("uvicorn.run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"MISS_IWEM_{name.upper()}", raising=False)
+    return given
+
+
+def test_help_names_every_flag():
+    """`serve --help` has each flag and tells of the environment."""
+    shown = _call("serve", "--help")
+
+    assert shown.exit_code == 0
+    for word in ("--host", "--port", "--checkpoints", "--device", "--threads", "MISS_IWEM_"):
+        assert word in shown.stdout
+
+
+def test_without_a_command_there_is_help():
+    """All commands are listed."""
+    shown = _call()
+
+    assert all(word in shown.output for word in ("serve", "train", "evaluate", "models", "data"))
+
+
+def test_flags_are_settings(served: dict[str, Any]):
+    """Each flag sets its setting, and the server listens where it was told to."""
+    flags = ["--host", "0.0.0.0", "--port", "99", "--checkpoints", "here", "--device", "cpu"]
+    called = _call("serve", *flags, "--threads", "3")
+
+    settings = served["settings"]
+    assert called.exit_code == 0
+    assert (settings.checkpoints, settings.device, settings.threads) == (Path("here"), "cpu", 3)
+    assert (served["host"], served["port"]) == ("0.0.0.0", 99)
+    assert served["timeout_graceful_shutdown"] == settings.drain
+
+
+def test_the_environment_holds_where_no_flag_is(
+    served: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """A flag goes before the variable, and the variable before the default."""
+    monkeypatch.setenv("MISS_IWEM_HTTP_PORT", "81")
+    monkeypatch.setenv("MISS_IWEM_THREADS", "5")
+    monkeypatch.setenv("MISS_IWEM_DRAIN", "0.5")
+    _call("serve", "--port", "82")
+
+    assert served["port"] == 82
+    assert served["settings"].threads == 5
+    assert served["timeout_graceful_shutdown"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--port", "70000"], "http_port"),
+        (["serve", "--port", "x"], "--port"),
+        (["serve", "--threads", "0"], "threads"),
+        (["serve", "--device", "gpu"], "device"),
+        (["serve", "--sideways"], "--sideways"),
+        (["fly"], "fly"),
+        (["models", "nowhere"], "got none"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["picture", "nowhere", "out.png"], "nowhere"),
+        (["data", "fetch", "nothing"], "nothing"),
+        (["data"], ""),
+    ],
+)
+def test_a_wrong_call_ends_with_2(served: dict[str, Any], arguments: list[str], words: str):
+    """It says what was wrong, without a traceback, and nothing is served."""
+    called = _call(*arguments)
+
+    assert called.exit_code == 2
+    assert words in re.sub(r"\s+", " ", called.output)
+    assert "Traceback" not in called.output
+    assert "settings" not in served
+
+
+def test_models_lists_the_checkpoints(tmp_path: Path):
+    """Each by name, with what it was trained for."""
+    write_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, "other")
+    shown = _call("models", str(tmp_path))
+
+    assert shown.exit_code == 0
+    assert "tiny" in shown.stdout
+    assert "other" in shown.stdout
+    assert "miss-iwem" in shown.stdout
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path):
+    """A damaged card ends the list with 2."""
+    write_checkpoint(tmp_path)
+    card = tmp_path / "tiny" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "format_version": 99}))
+    called = _call("models", str(tmp_path))
+
+    assert called.exit_code == 2
+    assert "format 99" in called.output

@@ -1,0 +1,519 @@
+"""The engine: every admitted job ends once, none waits for another's thousand blocks."""
+
+import asyncio
+import itertools
+import json
+import math
+import threading
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import checkpoint
+from model.checkpoint import CheckpointError
+from service.engine import Engine, Impute, Sample, Score
+from service.errors import BadInput, Failed, NotReady, Overloaded, TooLarge, UnknownModel
+from tests.wire import SHAPE, random_mask, write_checkpoint
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def engine(folder: Path) -> Generator[Engine]:
+    """A running engine."""
+    running = Engine(folder, device="cpu")
+    running.start()
+    yield running
+    running.stop(seconds=10)
+
+
+@dataclass
+class Fake:
+    """A job of so many blocks, which does as it is told and tells what it did."""
+
+    blocks: int = 1
+    cost: int = 1
+    model: str = "tiny"
+    failure: Exception | None = None
+    gate: threading.Event | None = None
+    """Is waited for in the first block."""
+    began: threading.Event = field(default_factory=threading.Event)
+    at_end: Callable[[], None] = lambda: None
+    done: int = 0
+
+    def stages(self, _model: Any) -> Generator[None, None, "Fake"]:
+        """The work."""
+        self.began.set()
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        for _ in range(self.blocks):
+            self.done += 1
+            yield
+        if self.failure is not None:
+            raise self.failure
+        self.at_end()
+        return self
+
+
+def _submit(engine: Engine, *jobs: Any) -> Coroutine[Any, Any, list[Any]]:
+    return engine.submit(jobs)
+
+
+async def _began(job: Fake) -> None:
+    assert await asyncio.to_thread(job.began.wait, 30)
+
+
+async def _until(reached: Callable[[], bool]) -> None:
+    while not reached():  # noqa: ASYNC110  (threads know no asyncio.Event)
+        await asyncio.sleep(0)
+
+
+def _run(scenario: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    return asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+# Every job ends once
+
+
+def test_results_come_in_the_order_of_the_jobs(engine: Engine):
+    """Whatever ends first, each result is at its job's place."""
+    jobs = [Fake(blocks=blocks) for blocks in (9, 1, 5, 0)]
+
+    assert _run(lambda: _submit(engine, *jobs)) == jobs
+    assert [job.done for job in jobs] == [9, 1, 5, 0]
+    assert engine.waiting == 0
+
+
+def test_a_small_job_ends_before_a_huge_one_that_came_first(engine: Engine):
+    """Blocks are done in turn: ten blocks end before a thousand, and one before ten."""
+    ended: list[int] = []
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        jobs = [
+            Fake(blocks=n, gate=gate, at_end=lambda n=n: ended.append(n)) for n in (1000, 10, 1)
+        ]
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        await _began(jobs[0])
+        await _until(lambda: engine.waiting == 3)
+        gate.set()
+        await asyncio.gather(*tasks)
+
+    _run(scenario)
+    assert ended == [1, 10, 1000]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (RuntimeError("out of memory"), Failed),
+        (KeyError("x"), Failed),
+        (BadInput.of("image", "a", "b"), BadInput),
+    ],
+)
+def test_a_job_that_fails_fails_alone(
+    engine: Engine, failure: Exception, expected: type[Exception]
+):
+    """Its request has the failure, without the model's own words; others have their results."""
+
+    async def scenario() -> list[Any]:
+        good, bad, after = Fake(blocks=50), Fake(blocks=3, failure=failure), Fake()
+        requests = [asyncio.create_task(_submit(engine, job)) for job in (good, bad)]
+        ended = await asyncio.gather(*requests, return_exceptions=True)
+        return [*ended, await _submit(engine, after)]
+
+    good, bad, after = _run(scenario)
+    assert good[0].done == 50
+    assert isinstance(bad, expected)
+    assert "memory" not in str(bad)
+    assert after[0].done == 1
+    assert (engine.waiting, engine.ready) == (0, True)
+
+
+def test_the_failure_of_an_image_ends_its_request(engine: Engine):
+    """The other images of the same request are not worked on for nobody."""
+
+    async def scenario() -> Fake:
+        long = Fake(blocks=10**9)
+        with pytest.raises(Failed):
+            await _submit(engine, long, Fake(failure=RuntimeError()))
+        await _submit(engine, Fake(blocks=2))
+        return long
+
+    assert _run(scenario).done < 10**9
+    assert engine.waiting == 0
+
+
+def test_what_was_cancelled_is_dropped_at_its_next_block(engine: Engine):
+    """A request that is left costs no more than the block that was being done."""
+
+    async def scenario() -> list[Fake]:
+        gate = threading.Event()
+        running, queued = Fake(blocks=100, cost=7, gate=gate), Fake(blocks=100, cost=5)
+        request = asyncio.create_task(_submit(engine, running, queued))
+        await _began(running)
+        assert engine.waiting == 12
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        gate.set()
+        await _submit(engine, Fake())
+        return [running, queued]
+
+    running, queued = _run(scenario)
+    assert running.done <= 1
+    assert not queued.began.is_set()
+    assert engine.waiting == 0
+
+
+Step = tuple[str, Any]
+JOB = st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 9))
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.lists(JOB, max_size=4)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("wait"), st.integers(0, 3)),
+        st.tuples(st.just("stop"), st.sampled_from([0.0, 30.0])),
+    ),
+    max_size=12,
+)
+
+
+@dataclass
+class Story:
+    """What happens to an engine, and the requests that were made of it."""
+
+    engine: Engine
+    requests: list[tuple[list[Fake], asyncio.Task[list[Any]]]] = field(default_factory=list)
+    stops: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def submit(self, jobs: list[tuple[int, bool, int]]) -> None:
+        """A request of jobs of so many blocks, of which some fail."""
+        fakes = [Fake(n, cost, failure=ValueError() if bad else None) for n, bad, cost in jobs]
+        self.requests.append((fakes, asyncio.create_task(_submit(self.engine, *fakes))))
+
+    async def cancel(self, index: int) -> None:
+        """The client of a request leaves."""
+        for _, task in self.requests[index : index + 1]:
+            task.cancel()
+
+    async def wait(self, times: int) -> None:
+        """The event loop turns."""
+        for _ in range(times):
+            await asyncio.sleep(0)
+
+    async def stop(self, seconds: float) -> None:
+        """The service is told to end."""
+        stop = asyncio.to_thread(self.engine.stop, seconds=seconds)
+        self.stops.append(asyncio.create_task(stop))
+
+    async def tell(self, steps: Sequence[Step]) -> None:
+        """All of it, and then the end of every request."""
+        for kind, argument in steps:
+            await getattr(self, kind)(argument)
+        tasks = [task for _, task in self.requests]
+        await asyncio.gather(*tasks, *self.stops, return_exceptions=True)
+
+
+@given(STEPS)
+def test_every_admitted_job_ends_in_exactly_one_way(folder: Path, steps: Sequence[Step]):
+    """However submitting, leaving, failing and stopping interleave.
+
+    Each request ends in its results, one problem, or as cancelled, and nothing is left behind.
+    """
+    story = Story(Engine(folder, device="cpu", max_waiting=30))
+    story.engine.start()
+    _run(lambda: story.tell(steps))
+    story.engine.stop(seconds=30)
+
+    assert story.engine.waiting == 0
+    for fakes, task in story.requests:
+        failure = None if task.cancelled() else task.exception()
+        assert failure is None or isinstance(failure, Failed | Overloaded | NotReady)
+        assert not isinstance(failure, Failed) or any(fake.failure for fake in fakes)
+        if failure is None and not task.cancelled():
+            assert task.result() == fakes
+            assert all(fake.done == fake.blocks and not fake.failure for fake in fakes)
+
+
+# Admission
+
+
+def test_more_than_may_wait_is_refused_until_there_is_room(folder: Path):
+    """Past the limit a request is told when to come back, and then it is admitted."""
+    engine = Engine(folder, device="cpu", max_waiting=100)
+    engine.start()
+
+    async def scenario() -> Overloaded:
+        gate = threading.Event()
+        first = Fake(cost=80, gate=gate)
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        with pytest.raises(Overloaded) as refusal:
+            await _submit(engine, Fake(cost=21))
+        second = asyncio.create_task(_submit(engine, Fake(cost=20)))
+        gate.set()
+        await asyncio.gather(request, second)
+        await _submit(engine, Fake(cost=21))
+        return refusal.value
+
+    refusal = _run(scenario)
+    engine.stop(seconds=10)
+    assert refusal.status == 429
+    assert int(refusal.headers["Retry-After"]) >= 1
+    assert "at most 100" in refusal.detail
+    assert "101" in refusal.detail
+
+
+def test_an_idle_engine_admits_what_a_request_may_bring(folder: Path):
+    """A request below its own limit is never refused for ever."""
+    engine = Engine(folder, device="cpu", max_waiting=10, max_request=50)
+    engine.start()
+
+    assert len(_run(lambda: _submit(engine, Fake(cost=50)))) == 1
+    with pytest.raises(TooLarge, match="at most 50"):
+        _run(lambda: _submit(engine, Fake(cost=25), Fake(cost=26)))
+    engine.stop(seconds=10)
+    assert engine.waiting == 0
+
+
+def _cost_and_rows(folder: Path, job: Impute | Score) -> tuple[int, int]:
+    model = checkpoint.read(folder / "tiny").model
+    rows: list[int] = []
+    model.decoder.register_forward_hook(
+        lambda _module, inputs, _output: rows.append(math.prod(inputs[0].shape[:-1]))
+    )
+    with torch.inference_mode():
+        for _ in job.stages(model):
+            pass
+    return job.cost, sum(rows)
+
+
+@pytest.mark.parametrize("particles", [1, 64, 65, 1000])
+def test_a_job_costs_the_rows_that_the_decoder_sees(folder: Path, particles: int):
+    """Admission counts the work itself, so that many small requests are not free."""
+    values, missing = np.zeros(SHAPE, np.float32), random_mask()
+    impute = Impute(
+        model="tiny", values=values, missing=missing, particles=particles, draws=3, seed=0
+    )
+    score = Score(
+        model="tiny", values=values, missing=missing, truth=None, particles=particles, seed=0
+    )
+
+    for job in (impute, score):
+        cost, rows = _cost_and_rows(folder, job)
+        assert cost == rows
+
+
+def test_a_sample_costs_its_images(engine: Engine):
+    """Images are drawn one at a time, each with a seed of its own."""
+    job = Sample(model="tiny", count=5, seed=1)
+    (drawn,) = _run(lambda: _submit(engine, job))
+
+    assert job.cost == 5
+    assert drawn.shape == (5, *SHAPE)
+
+
+# Start and stop
+
+
+def test_nothing_is_admitted_before_the_start_or_after_the_stop(folder: Path):
+    """Both are told as not ready, with a time to come back."""
+    engine = Engine(folder, device="cpu")
+    assert not engine.ready
+    with pytest.raises(NotReady) as refusal:
+        _run(lambda: _submit(engine, Fake()))
+    assert refusal.value.headers == {"Retry-After": "1"}
+    engine.start()
+    assert engine.ready
+    engine.stop(seconds=10)
+    engine.stop(seconds=10)
+
+    assert not engine.ready
+    with pytest.raises(NotReady):
+        _run(lambda: _submit(engine, Fake()))
+
+
+def test_an_engine_that_never_started_can_be_stopped(folder: Path):
+    """Which is what happens when the start fails."""
+    Engine(folder, device="cpu").stop(seconds=1)
+
+
+def test_stopping_finishes_what_was_admitted(folder: Path):
+    """Running and queued jobs get their results; later ones are refused."""
+    engine = Engine(folder, device="cpu")
+    engine.start()
+
+    async def scenario() -> list[Any]:
+        gate = threading.Event()
+        running, queued = Fake(blocks=20, gate=gate), Fake(blocks=30)
+        requests = [asyncio.create_task(_submit(engine, job)) for job in (running, queued)]
+        await _began(running)
+        stop = asyncio.create_task(asyncio.to_thread(engine.stop, seconds=30))
+        await _until(lambda: not engine.ready)
+        with pytest.raises(NotReady):
+            await _submit(engine, Fake())
+        gate.set()
+        await stop
+        return await asyncio.gather(*requests)
+
+    (running,), (queued,) = _run(scenario)
+    assert (running.done, queued.done) == (20, 30)
+
+
+def test_stopping_does_not_wait_for_ever(folder: Path):
+    """What is not finished in time is refused, not left without an answer."""
+    engine = Engine(folder, device="cpu")
+    engine.start()
+
+    async def scenario() -> None:
+        endless = Fake(blocks=10**12)
+        request = asyncio.create_task(_submit(engine, endless))
+        await _began(endless)
+        await asyncio.to_thread(engine.stop, seconds=0.0)
+        with pytest.raises(NotReady):
+            await request
+
+    _run(scenario)
+    assert engine.waiting == 0
+
+
+def test_no_job_is_lost_between_admission_and_the_stop(folder: Path):
+    """Submitting from many loops while the engine stops: each is answered or refused."""
+    for _ in range(20):
+        engine = Engine(folder, device="cpu")
+        engine.start()
+        start = threading.Barrier(5)
+
+        def work(engine: Engine = engine, start: threading.Barrier = start) -> int:
+            start.wait(30)
+            for answered in itertools.count():
+                try:
+                    _run(lambda: _submit(engine, Fake()))
+                except NotReady:
+                    return answered
+            raise AssertionError
+
+        with ThreadPoolExecutor(4) as pool:
+            workers = [pool.submit(work) for _ in range(4)]
+            start.wait(30)
+            engine.stop(seconds=30)
+            assert all(worker.result(30) >= 0 for worker in workers)
+        assert engine.waiting == 0
+
+
+def test_a_stuck_engine_is_not_ready(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """Where a block takes for ever the engine says so, and an idle one is never stuck."""
+    monkeypatch.setattr("service.engine.STUCK", -1.0)
+    assert engine.ready
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        job = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, job))
+        await _began(job)
+        assert not engine.ready
+        gate.set()
+        await request
+
+    _run(scenario)
+    assert engine.ready
+
+
+def test_an_engine_that_was_idle_for_long_is_not_stuck(engine: Engine):
+    """The time without work does not count: not even before the thread has seen the new job."""
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        engine._beat = -math.inf  # pyright: ignore[reportPrivateUsage]
+        request = asyncio.create_task(_submit(engine, Fake(gate=gate)))
+        await _until(lambda: engine.waiting > 0)
+        assert engine.ready
+        gate.set()
+        await request
+
+    _run(scenario)
+
+
+# Models
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path):
+    """There would be nothing to serve."""
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="got none"):
+            Engine(folder, device="cpu").start()
+
+
+def test_a_damaged_checkpoint_is_refused_at_the_start(tmp_path: Path):
+    """Weights that are not the card's are never served."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "tiny" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="sha256"):
+        Engine(tmp_path, device="cpu").start()
+
+
+@pytest.mark.parametrize("name", ["none", "", ".", "..", "../tiny", "tiny/../tiny", "/tiny", "\0"])
+def test_a_name_is_no_path(engine: Engine, name: str):
+    """Only the names of folders are models."""
+    with pytest.raises(UnknownModel, match="one of tiny"):
+        engine.card(name)
+
+
+def test_hidden_folders_are_no_models(folder: Path, engine: Engine):
+    """A checkpoint that is being written is not seen before it is whole."""
+    write_checkpoint(folder, ".tiny-fresh")
+    assert list(engine.cards()) == ["tiny"]
+
+
+def test_a_damaged_checkpoint_that_appears_harms_no_other(tmp_path: Path):
+    """It is left out of the list; who asks for it is told what is wrong."""
+    write_checkpoint(tmp_path)
+    engine = Engine(tmp_path, device="cpu")
+    engine.start()
+    write_checkpoint(tmp_path, "broken")
+    card = json.loads((tmp_path / "broken" / "card.json").read_text())
+    (tmp_path / "broken" / "card.json").write_text(json.dumps({**card, "format_version": 99}))
+
+    assert list(engine.cards()) == ["tiny"]
+    with pytest.raises(Failed, match="format 99"):
+        engine.card("broken")
+    engine.stop(seconds=10)
+
+
+def test_a_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However many ask for a new one at the same time."""
+    write_checkpoint(tmp_path)
+    engine = Engine(tmp_path, device="cpu")
+    engine.start()
+    write_checkpoint(tmp_path, "late")
+    names: list[str] = []
+    read = checkpoint.read
+
+    def counted(folder: Path, **options: Any) -> checkpoint.Checkpoint:
+        names.append(folder.name)
+        return read(folder, **options)
+
+    monkeypatch.setattr("model.checkpoint.read", counted)
+    with ThreadPoolExecutor(8) as pool:
+        cards = list(pool.map(engine.card, ["late"] * 16))
+    engine.stop(seconds=10)
+
+    assert names == ["late"]
+    assert {card.name for card in cards} == {"late"}
