@@ -90,6 +90,11 @@ class Recipe:
             raise RecipeError(f"Expected hidden widths of at least 1; got {flat['hidden']}.")
         if not 0 < self.learning_rate < math.inf:
             raise RecipeError(f"Expected a positive learning_rate; got {self.learning_rate}.")
+        if self.p_step == "dreg" and self.imputations > 1:
+            raise RecipeError(
+                "Expected one imputation with p_step dreg, whose gradient needs independent "
+                f"particles; got {self.imputations}."
+            )
         try:
             mechanism(self.missing)
         except MechanismError as error:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint with random weights, whose data set is an archive of 6x6 images."""
     generator = np.random.default_rng(0)
     splits = {name: generator.random((40, 6, 6)) < 0.4 for name in ("train", "validation", "test")}
-    np.savez(tmp_path / "tiny.npz", **{k: v.astype(np.uint8) for k, v in splits.items()})
+    arrays: dict[str, Any] = {name: split.astype(np.uint8) for name, split in splits.items()}
+    np.savez(tmp_path / "tiny.npz", **arrays)
     architecture = Architecture(image_shape=(1, 6, 6), latent=2, hidden=(8,))
     card = Card(
         name="tiny",
@@ -71,7 +73,7 @@ def test_the_same_evaluation_gives_the_same_numbers(folder: Path) -> None:
 
 @pytest.mark.parametrize("ambiguous", [False, True])
 def test_a_picture_has_a_column_an_image_and_a_row_a_part(
-    folder: Path, tmp_path: Path, ambiguous: bool
+    folder: Path, tmp_path: Path, *, ambiguous: bool
 ) -> None:
     """Truth, seen, mean and draws are rows; images are columns."""
     path = tmp_path / "picture.png"

@@ -218,7 +218,7 @@ def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Pop
 def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
     """After SIGTERM a request that was being worked on is answered, and the exit code is 0."""
     with _process(folder, MISS_IWEM_MAX_WAITING="1") as (process, url):
-        large = {"images": [IMAGE], "particles": 250_000}
+        large = {"images": [IMAGE], "particles": 100_000}
 
         def until_admitted() -> httpx.Response:
             while True:
@@ -237,5 +237,5 @@ def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
         said = process.stderr.read()
 
         assert "Traceback" not in said
-        assert result["log_likelihood"]["particles"] == 250_000
+        assert result["log_likelihood"]["particles"] == 100_000
         assert process.wait(60) == 0
