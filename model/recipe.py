@@ -86,8 +86,16 @@ class Recipe:
         for name, least in LEAST.items():
             if flat[name] < least:
                 raise RecipeError(f"Expected {name} of at least {least}; got {flat[name]}.")
+        self._check_values()
+        try:
+            mechanism(self.missing)
+        except MechanismError as error:
+            raise RecipeError(str(error)) from error
+
+    def _check_values(self) -> None:
         if not all(width >= 1 for width in self.architecture.hidden):
-            raise RecipeError(f"Expected hidden widths of at least 1; got {flat['hidden']}.")
+            hidden = self.architecture.hidden
+            raise RecipeError(f"Expected hidden widths of at least 1; got {hidden}.")
         if not 0 < self.learning_rate < math.inf:
             raise RecipeError(f"Expected a positive learning_rate; got {self.learning_rate}.")
         if self.p_step == "dreg" and self.imputations > 1:
@@ -95,10 +103,6 @@ class Recipe:
                 "Expected one imputation with p_step dreg, whose gradient needs independent "
                 f"particles; got {self.imputations}."
             )
-        try:
-            mechanism(self.missing)
-        except MechanismError as error:
-            raise RecipeError(str(error)) from error
 
 
 CHOICES: Mapping[str, Collection[str]] = {

@@ -2,14 +2,17 @@
 
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model import checkpoint
+from model.checkpoint import Card
 from model.masks import FORMS, MECHANISMS
 from model.objectives import OBJECTIVES, P_STEPS
+from model.recipe import read_recipe
 from service.app import create_app
 from service.settings import Settings
 
@@ -86,3 +89,29 @@ def test_the_readme_gives_the_likelihood_of_the_card() -> None:
 
     assert f"**{raw['mean']:.2f} ± {raw['standard_error']:.2f} nats**" in README
     assert f"K = {raw['particles']}" in README
+
+
+def checkpoint_row(card: Card) -> str:
+    """A row of the table of checkpoints."""
+    raw = card.results["raw"]
+    return (
+        f"| `{card.name}` | {card.objective} | {card.data['name']} | {card.missing} "
+        f"| {card.training['epochs']} | {card.training['validation_bound']:.2f} "
+        f"| {raw['mean']:.2f} ± {raw['standard_error']:.2f} |"
+    )
+
+
+def test_the_table_of_checkpoints_is_that_of_their_cards() -> None:
+    """checkpoints/README.md has a row for each checkpoint, with the card's numbers."""
+    folder = ROOT / "checkpoints"
+    rows = [checkpoint_row(checkpoint.read_card(p.parent)) for p in folder.glob("*/card.json")]
+
+    table = (folder / "README.md").read_text().splitlines()
+    assert sorted(rows) == sorted(line for line in table if line.startswith("| `"))
+
+
+def test_the_shipped_recipe_is_that_of_the_card() -> None:
+    """`miss-iwem train static-mnist-miss-iwem` follows the recipe that the card records."""
+    recipe = asdict(read_recipe("static-mnist-miss-iwem"))
+
+    assert {**SHIPPED.recipe, "architecture": asdict(SHIPPED.architecture)} == recipe
