@@ -418,6 +418,31 @@ def test_no_job_is_lost_between_admission_and_the_stop(folder: Path):
         assert engine.waiting == 0
 
 
+def test_the_end_does_not_overtake_an_admission(folder: Path):
+    """Where the stop comes in the middle of an admission, what is admitted is still done."""
+    engine = Engine(folder, device="cpu")
+    inbox = engine._inbox  # pyright: ignore[reportPrivateUsage]
+    stop = threading.Thread(target=engine.stop, kwargs={"seconds": 30})
+
+    class Interrupted:
+        """Stops the engine when the first job comes, and gives it the time to do so."""
+
+        get = inbox.get
+
+        def put(self, task: Any) -> None:
+            if task is not None:
+                stop.start()
+                stop.join(0.2)
+            inbox.put(task)
+
+    setattr(engine, "_inbox", Interrupted())  # noqa: B010
+    engine.start()
+    (job,) = _run(lambda: _submit(engine, Fake(blocks=3)))
+    stop.join(30)
+
+    assert job.done == 3
+
+
 def test_a_stuck_engine_is_not_ready(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """Where a block takes for ever the engine says so, and an idle one is never stuck."""
     monkeypatch.setattr("service.engine.STUCK", -1.0)
