@@ -42,8 +42,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     MISS_IWEM_HTTP_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8000
-# uvicorn drains at SIGINT as at SIGTERM, but ends with 0 after the one and as if killed (143) after the other.
-STOPSIGNAL SIGINT
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
 CMD ["miss-iwem", "serve"]
