@@ -56,6 +56,7 @@ def impute(
         log_w = block.log_weights
         share = sums.share(log_w)
         sums = sums.update(log_w)
+        assert block.parameters is not None
         mean = mean.update(log_w, likelihood.mean(block.parameters), share)
         mean_square = mean_square.update(log_w, likelihood.mean_square(block.parameters), share)
         uniforms = noise.at("slot", index).uniform(len(images), draws, 2, like=images.values)

@@ -138,6 +138,7 @@ def score(
         log_w = block.log_weights
         sums = sums.update(log_w)
         if truth is not None:
+            assert block.parameters is not None
             log_missing = model.likelihood.log_density_of(
                 block.parameters, truth, ~images.observed
             )
@@ -206,8 +207,7 @@ def _first(whole: Particles, count: int) -> Particles:
     return replace(
         whole,
         latents=whole.latents[:, :count],
-        parameters=whole.parameters[:, :count],
+        parameters=None if whole.parameters is None else whole.parameters[:, :count],
         log_likelihood=whole.log_likelihood[:, :count],
-        expected_log_missing=whole.expected_log_missing[:, :count],
         log_prior=whole.log_prior[:, :count],
     )

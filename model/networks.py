@@ -11,7 +11,16 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-__all__ = ["DECODERS", "ENCODERS", "MlpDecoder", "MlpEncoder"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "GatedConvDecoder",
+    "GatedConvEncoder",
+    "Gaussian",
+    "ImageShape",
+    "MlpDecoder",
+    "MlpEncoder",
+]
 
 ImageShape = tuple[int, int, int]
 
@@ -52,15 +61,126 @@ class MlpDecoder(nn.Module):
         return self.layers(latents).unflatten(-1, self.image_shape)
 
 
+class Gaussian(nn.Module):
+    """Fully connected tanh layers from one layer of latents to the Gaussian of another."""
+
+    def __init__(self, widths: Sequence[int], generator: Generator) -> None:
+        super().__init__()
+        self.layers = _mlp(widths, generator)
+
+    def forward(
+        self, latents: Float[Tensor, "*batch inputs"]
+    ) -> tuple[Float[Tensor, "*batch outputs"], Float[Tensor, "*batch outputs"]]:
+        """The mean and the logarithm of the standard deviation."""
+        mean, log_std = self.layers(latents).chunk(2, dim=-1)
+        return mean, log_std
+
+
+class GatedConvEncoder(nn.Module):
+    """Gated convolutions, two of which halve the sides, from an image to a mean and log std.
+
+    The network of the slides; its log-variance is kept within [−6, 2].
+    """
+
+    def __init__(
+        self, *, image_shape: ImageShape, latent: int, hidden: Sequence[int], generator: Generator
+    ) -> None:
+        super().__init__()
+        del hidden  # the widths between the latents and the planes are the decoder's
+        channels, height, width = image_shape
+        planes = 6 * -(-height // 4) * -(-width // 4)
+        self.convolutions = nn.Sequential(
+            Gated(_convolution(channels, 2 * 32, 7, generator)),
+            Gated(_convolution(32, 2 * 32, 3, generator, stride=2)),
+            Gated(_convolution(32, 2 * 64, 5, generator)),
+            Gated(_convolution(64, 2 * 64, 3, generator, stride=2)),
+            Gated(_convolution(64, 2 * 6, 3, generator)),
+        )
+        self.out = _dense(planes, 2 * latent, generator)
+
+    def forward(
+        self, values: Float[Tensor, "*batch channels height width"]
+    ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch latent"]]:
+        """The mean and the logarithm of the standard deviation of q(z | x)."""
+        planes = self.convolutions(values.flatten(0, -4)).flatten(1)
+        mean, log_variance = self.out(planes).unflatten(0, values.shape[:-3]).chunk(2, dim=-1)
+        return mean, 0.5 * log_variance.clamp(-6, 2)
+
+
+class GatedConvDecoder(nn.Module):
+    """Gated dense layers from latents to an image's planes, then gated 3×3 convolutions."""
+
+    def __init__(
+        self, *, image_shape: ImageShape, latent: int, hidden: Sequence[int], generator: Generator
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.image_shape = image_shape
+        widths = (latent, *hidden, channels * height * width)
+        self.dense = nn.Sequential(
+            *[Gated(_dense(i, 2 * o, generator)) for i, o in pairwise(widths)]
+        )
+        self.convolutions = nn.Sequential(
+            Gated(_convolution(channels, 2 * 64, 3, generator)),
+            *[Gated(_convolution(64, 2 * 64, 3, generator)) for _ in range(3)],
+            _convolution(64, channels, 1, generator),
+        )
+
+    def forward(
+        self, latents: Float[Tensor, "*batch latent"]
+    ) -> Float[Tensor, "*batch channels height width"]:
+        """The parameters of p(x | z), a plane a channel."""
+        planes = self.dense(latents).flatten(0, -2).unflatten(-1, self.image_shape)
+        return self.convolutions(planes).unflatten(0, latents.shape[:-1])
+
+
+class Gated(nn.Module):
+    """A layer of which one half of the outputs opens and shuts the other, h·σ(g)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Half as many features as the layer gives, which are on the axis before the sides'."""
+        axis = 1 if isinstance(self.layer, nn.Conv2d) else -1
+        return nn.functional.glu(self.layer(inputs), axis)
+
+
+def _dense(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    nn.init.kaiming_normal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _convolution(
+    inputs: int, outputs: int, size: int, generator: Generator, *, stride: int = 1
+) -> nn.Conv2d:
+    layer = nn.Conv2d(
+        inputs, outputs, size, stride=stride, padding=size // 2, device="meta"
+    ).to_empty(device="cpu")
+    nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _mlp(widths: Sequence[int], generator: Generator) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layer = nn.Linear(inputs, outputs)
+        layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
         nn.init.xavier_normal_(layer.weight, generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MlpEncoder}
-DECODERS: dict[str, Callable[..., nn.Module]] = {"mlp": MlpDecoder}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MlpEncoder,
+    "gated-conv": GatedConvEncoder,
+}
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MlpDecoder,
+    "gated-conv": GatedConvDecoder,
+}

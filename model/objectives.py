@@ -21,19 +21,33 @@ An objective gives two scalars, one whose θ-gradient and one whose φ-gradient 
 every `detach` stands in this file.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.latent import LatentVariableModel, Particles, Proposal
+from model.latent import LatentVariableModel, Particles
 from model.masks import Incomplete
 from model.noise import Source
-from model.weights import log_mean_exp, normalise
+from model.pixels import PerParticle, Pixels
+from model.proposal import Latents, Proposal
+from model.refinement import Refinement
+from model.weights import Thinned, log_mean_exp, normalise, thin
 
-__all__ = ["OBJECTIVES", "P_STEPS", "Objective", "Surrogate", "ascend"]
+__all__ = [
+    "M_STEPS",
+    "OBJECTIVES",
+    "P_SAMPLES",
+    "P_STEPS",
+    "Climbed",
+    "Objective",
+    "Surrogate",
+    "ascend",
+    "bound",
+]
 
 Scalar = Float[Tensor, ""]
 
@@ -68,6 +82,7 @@ def expected_log_joint(particles: Particles) -> Float[Tensor, " batch"]:
 
 def optimal(particles: Particles) -> Float[Tensor, " batch"]:
     """L̂_opt, the P-step towards the proposal |log p(x, z)|·p(x, z) (Owen, 2013)."""
+    assert particles.expected_log_missing is not None
     log_p = particles.log_joint + particles.expected_log_missing.detach()
     return log_mean_exp(log_p.abs().log() + particles.log_weights)
 
@@ -101,7 +116,7 @@ P_STEPS: dict[str, PerImage] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A row of the table: a bound to climb, or the steps of an EM algorithm."""
+    """A row of the table: a bound to climb, or the steps of an EM algorithm; and its options."""
 
     bound: PerImage
     """The lower bound of log p(x_o) by which validation judges."""
@@ -111,24 +126,54 @@ class Objective:
     """Whether the M-step begins with the ELBO's and moves to Q̂."""
     two_pass: bool = False
     """Whether the encoder sees (x_o, x̆_m) rather than (x_o, 0)."""
+    imputations: int = 1
+    """Fillings of each image's holes that the encoder sees in two passes."""
     p_step: str = "slides"
+    p_samples: str = "shared"
+    """Whether the P-step has the M-step's particles (shared), or draws its own of the new θ."""
+    m_step: str = "marginal"
+    """Whether the M-step leaves out the missing pixels (marginal), or keeps the term
+    log p(x_m | z) of a draw x_m ~ p(x_m | z) (sampled), whose expected gradient is zero."""
+    svi: Refinement | None = None
+    """Steps by which each image's proposal is refined before the particles are drawn."""
+    way_back: float = 0.15
+    """The share of the particles that is sent back through the decoder: with K = 50 some seven
+    an image, more than have a weight that counts."""
+
+    @property
+    def climbs(self) -> tuple[str, ...]:
+        """The steps of the optimiser in one step of training.
+
+        Where the refinement is held constant the encoder learns where it begins.
+        """
+        apart = self.p_samples == "fresh" or (self.svi is not None and not self.svi.through)
+        return ("decoder", "encoder") if apart else ("both",)
 
     def surrogate(self, particles: Particles, *, alpha: float) -> Surrogate:
         """The two scalars, means over the batch; α is the share of Q̂ in the M-step."""
         if not self.steps:
             bound = self.bound(particles).mean()
             return Surrogate(bound, bound)
-        share = alpha if self.annealed else 1.0
+        share = self.share(alpha)
         m_step = share * expected_log_joint(particles) + (1 - share) * elbo(particles)
         return Surrogate(m_step.mean(), P_STEPS[self.p_step](particles).mean())
 
+    def share(self, alpha: float) -> float:
+        """That of Q̂ in the M-step."""
+        return alpha if self.annealed else 1.0
+
     def proposal(
-        self, model: LatentVariableModel, images: Incomplete, noise: Source, *, imputations: int
+        self, model: LatentVariableModel, images: Incomplete, noise: Source, *, climb: str = "both"
     ) -> Proposal:
         """Where the particles come from."""
-        if not self.two_pass:
-            return model.zero_filled(images)
-        return model.two_pass(images, noise, imputations=imputations)
+        proposal = (
+            model.two_pass(images, noise, imputations=self.imputations)
+            if self.two_pass
+            else model.zero_filled(images)
+        )
+        if self.svi is None or (climb == "encoder" and not self.svi.through):
+            return proposal
+        return self.svi.refined(model, images, proposal, noise.at("svi"))
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -143,6 +188,21 @@ OBJECTIVES: dict[str, Objective] = {
 }
 """On complete images `miss-iwae` is `iwae`: the encoder sees (x_o, 0) in both."""
 
+P_SAMPLES = ("shared", "fresh")
+M_STEPS = ("marginal", "sampled")
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """What a step saw of its particles."""
+
+    bound: Scalar
+    """The mean of the objective's bound over the batch."""
+    elbo_variance: Scalar
+    """Of the ELBO as an estimate from these particles, the mean over the batch."""
+    q_hat_variance: Scalar
+    """Of Q̂ likewise, by the delta method."""
+
 
 def ascend(
     objective: Objective,
@@ -151,33 +211,127 @@ def ascend(
     noise: Source,
     *,
     particles: int,
-    imputations: int = 1,
     alpha: float = 1.0,
-) -> Scalar:
-    """Adds the gradients of minus the objective to the model's parameters; returns its bound.
+    climb: str = "both",
+) -> Climbed:
+    """Adds the gradients of minus the objective to the model's parameters.
 
+    `climb` says to whose: decoder is θ, encoder is φ, both is the two from the same particles.
     Both scalars depend on the decoder through log p(x_o | z_k) alone, and linearly up to first
     order, so that one pass back through the decoder serves θ and φ: it is weighted for θ,
     and what arrives at z_k is weighted again for φ.
+    Most weights are next to nothing, so only a share of the particles takes that pass: a sample
+    by the size of their weights, each of which stands for what it was drawn from. The gradients'
+    expectation is that of all particles, and with `way_back=1` so are they themselves.
     """
-    proposal = objective.proposal(model, images, noise.at("proposal"), imputations=imputations)
+    proposal = objective.proposal(model, images, noise.at("proposal"), climb=climb)
     latents = proposal.draw(particles, noise.at("particles"))
-    at = latents.detach().requires_grad_()
-    drawn = model.particles(images, proposal, at)
-    leaf = drawn.log_likelihood.detach().requires_grad_()
-    small = replace(
-        drawn,
-        latents=latents,
-        log_likelihood=leaf,
-        log_prior=model.prior.log_density(latents),
+    drawn = _decoded(model, images, proposal, latents)
+    surrogate = objective.surrogate(drawn, alpha=alpha)
+    for_decoder = _gradient(surrogate.decoder, drawn.log_likelihood)
+    for_encoder = _gradient(surrogate.encoder, drawn.log_likelihood)
+    for_pass = for_encoder if climb == "encoder" else for_decoder
+    sizes = for_pass.abs() + (for_encoder.abs() if climb == "both" else 0.0)
+    picked = thin(
+        sizes.flatten(),
+        math.ceil(objective.way_back * sizes.numel()),
+        noise.at("way back").uniform(1, like=sizes),
     )
-    surrogate = objective.surrogate(small, alpha=alpha)
-    (for_decoder,) = torch.autograd.grad(surrogate.decoder, leaf, retain_graph=True)
-    (for_encoder,) = torch.autograd.grad(
-        surrogate.encoder, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+    at = latents.detach().flatten(0, 1)[picked.index, None].requires_grad_()
+    seen, logits = images[picked.index // particles], model.decode(at)
+    sampled = objective.steps and objective.m_step == "sampled" and climb != "encoder"
+    model.likelihood.log_density(logits, seen).backward(
+        _for_rows(-for_pass, picked),
+        inputs=[at] if climb == "encoder" else [at, *model.decoder.parameters()],
+        retain_graph=sampled,
     )
-    drawn.log_likelihood.backward(-for_decoder)
-    ratio = torch.where(for_decoder == 0, 0.0, for_encoder / for_decoder)
-    assert at.grad is not None
-    torch.autograd.backward([-surrogate.encoder, latents], [None, at.grad * ratio[..., None]])
-    return objective.bound(small).detach().mean()
+    if sampled:
+        for_missing = objective.share(alpha) * normalise(drawn.log_weights.detach()) / len(images)
+        _missing(model, seen, logits, noise.at("missing")).backward(
+            _for_rows(-for_missing, picked), inputs=list(model.decoder.parameters())
+        )
+    if climb != "encoder" and (of_prior := list(model.prior_parameters())):
+        surrogate.decoder.neg().backward(inputs=of_prior, retain_graph=True)
+    if climb != "decoder":
+        assert at.grad is not None
+        ratio = torch.where(for_pass == 0, 0.0, for_encoder / for_pass)
+        arrived = torch.zeros_like(latents).flatten(0, 1)
+        arrived.index_add_(0, picked.index, at.grad[:, 0] * ratio.flatten()[picked.index, None])
+        torch.autograd.backward(
+            [-surrogate.encoder, latents],
+            [None, arrived.view_as(latents)],
+            inputs=list(model.phi()),
+        )
+    return _climbed(objective, drawn)
+
+
+@torch.no_grad()
+def bound(
+    objective: Objective,
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    particles: int,
+) -> Float[Tensor, " batch"]:
+    """The objective's lower bound of each image's log p(x_o): what validation judges by."""
+    proposal = objective.proposal(model, images, noise.at("proposal"))
+    latents = proposal.draw(particles, noise.at("particles"))
+    return objective.bound(_decoded(model, images, proposal, latents)).detach()
+
+
+CACHED_ROWS = 1000
+"""Particles that are decoded at once on a CPU: their pixels fill its caches, not more."""
+
+
+def _decoded(
+    model: LatentVariableModel, images: Incomplete, proposal: Proposal, latents: Latents
+) -> Particles:
+    """The particles, with log p(x_o | z) as a leaf of its own."""
+    count = len(images)
+    at_once = max(1, CACHED_ROWS // latents.shape[1]) if latents.device.type == "cpu" else count
+    with torch.no_grad():
+        parts = [
+            model.likelihood.log_densities(model.decode(latents[part]), images[part])
+            for part in torch.arange(count, device=latents.device).split(at_once)
+        ]
+    density, expected = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return Particles(
+        latents,
+        density.requires_grad_(),
+        model.prior.log_density(latents),
+        proposal,
+        expected_log_missing=expected,
+    )
+
+
+def _gradient(scalar: Scalar, leaf: PerParticle) -> PerParticle:
+    (gradient,) = torch.autograd.grad(
+        scalar, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return gradient
+
+
+def _for_rows(gradient: PerParticle, picked: Thinned) -> Float[Tensor, "rows 1"]:
+    return (gradient.flatten()[picked.index] * picked.scale)[:, None]
+
+
+def _missing(
+    model: LatentVariableModel, images: Incomplete, logits: Pixels, noise: Source
+) -> PerParticle:
+    """The log-probability of missing pixels that are drawn from what it is conditioned on."""
+    uniforms = noise.uniform(*logits.shape, like=logits)
+    drawn = model.likelihood.sample(logits.detach(), uniforms)[:, 0]
+    return model.likelihood.log_density_of(logits, drawn, ~images.observed)
+
+
+@torch.no_grad()
+def _climbed(objective: Objective, particles: Particles) -> Climbed:
+    log_w, log_p = particles.log_weights, particles.log_joint
+    w = normalise(log_w)
+    q_hat = (w * log_p).sum(-1, keepdim=True)
+    return Climbed(
+        objective.bound(particles).mean(),
+        log_w.var(-1, correction=0).mean() / log_w.shape[-1],
+        (w * (log_p - q_hat)).square().sum(-1).mean(),
+    )

@@ -12,7 +12,7 @@ import math
 import tomllib
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any, get_origin
 from model.latent import LIKELIHOODS, Architecture
 from model.masks import MechanismError, mechanism
 from model.networks import DECODERS, ENCODERS
-from model.objectives import OBJECTIVES, P_STEPS
+from model.objectives import M_STEPS, OBJECTIVES, P_SAMPLES, P_STEPS, Objective
+from model.refinement import Refinement
 
 __all__ = [
     "FIELDS",
@@ -53,13 +54,25 @@ class Recipe:
     binarise: str = "threshold"
     """threshold: above 127 is one; bernoulli: drawn anew in every batch from the grey level."""
     objective: str = "miss-iwem"
-    """What is maximised."""
+    """What is maximised; or one after another, such as vae:50,iwae (vae for 50 epochs)."""
     p_step: str = "slides"
     """What the encoder climbs in the objectives of separate steps."""
+    p_samples: str = "shared"
+    """Whether that step has the decoder's particles, or draws fresh ones after its step."""
+    m_step: str = "marginal"
+    """Whether the decoder's step leaves out missing pixels, or has them sampled."""
     particles: int = 50
     """Importance samples of each image in a step."""
+    way_back: float = 0.15
+    """The share of the particles, drawn by their weights, through which gradients flow."""
     imputations: int = 1
     """Fillings of each image's holes that the encoder sees in an objective of two passes."""
+    svi_steps: int = 0
+    """Gradient steps on each image's own proposal before the particles are drawn."""
+    svi_rate: float = 0.1
+    """Length of those steps, along the natural gradient."""
+    svi_through: bool = False
+    """Whether gradients flow back through those steps."""
     architecture: Architecture = field(default_factory=Architecture)
     batch: int = 100
     """Images in a step."""
@@ -67,6 +80,8 @@ class Recipe:
     """Passes over the training images, at most."""
     learning_rate: float = 3e-4
     """Of Adam."""
+    weight_decay: float = 0.0
+    """Decoupled from Adam's moments, as in AdamW."""
     schedule: str = "constant"
     """Of the learning rate: constant, or cosine: down to zero at the last epoch."""
     anneal_epochs: int = 100
@@ -91,13 +106,43 @@ class Recipe:
             mechanism(self.missing)
         except MechanismError as error:
             raise RecipeError(str(error)) from error
+        _sequence(self.objective)
+
+    def objective_in(self, epoch: int) -> Objective:
+        """What is maximised in an epoch, with the options that go with it."""
+        named = next(name for until, name in _sequence(self.objective) if epoch < until)
+        return self._with_options(named)
+
+    @property
+    def last_objective(self) -> Objective:
+        """What is maximised in the end, by whose bound the model is judged throughout."""
+        return self._with_options(_sequence(self.objective)[-1][1])
+
+    def _with_options(self, name: str) -> Objective:
+        svi = Refinement(steps=self.svi_steps, rate=self.svi_rate, through=self.svi_through)
+        return replace(
+            OBJECTIVES[name],
+            p_step=self.p_step,
+            p_samples=self.p_samples,
+            m_step=self.m_step,
+            imputations=self.imputations,
+            svi=svi if self.svi_steps else None,
+            way_back=self.way_back,
+        )
 
     def _check_values(self) -> None:
-        if not all(width >= 1 for width in self.architecture.hidden):
-            hidden = self.architecture.hidden
-            raise RecipeError(f"Expected hidden widths of at least 1; got {hidden}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise RecipeError(f"Expected a positive learning_rate; got {self.learning_rate}.")
+        for name in ("hidden", "upper_hidden"):
+            widths = getattr(self.architecture, name)
+            if not all(width >= 1 for width in widths):
+                raise RecipeError(f"Expected {name} widths of at least 1; got {widths}.")
+        for name in ("learning_rate", "svi_rate", "proposal_variance"):
+            value = _flat(self)[name]
+            if not 0 < value < math.inf:
+                raise RecipeError(f"Expected a positive {name}; got {value}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise RecipeError(f"Expected a weight_decay of at least 0; got {self.weight_decay}.")
+        if not 0 < self.way_back <= 1:
+            raise RecipeError(f"Expected a way_back within (0, 1]; got {self.way_back}.")
         if self.p_step == "dreg" and self.imputations > 1:
             raise RecipeError(
                 "Expected one imputation with p_step dreg, whose gradient needs independent "
@@ -107,8 +152,9 @@ class Recipe:
 
 CHOICES: Mapping[str, Collection[str]] = {
     "binarise": ("threshold", "bernoulli"),
-    "objective": OBJECTIVES,
     "p_step": P_STEPS,
+    "p_samples": P_SAMPLES,
+    "m_step": M_STEPS,
     "schedule": ("constant", "cosine"),
     "precision": ("highest", "high", "medium"),
     "encoder": ENCODERS,
@@ -118,7 +164,9 @@ CHOICES: Mapping[str, Collection[str]] = {
 LEAST = {
     "particles": 1,
     "imputations": 1,
+    "svi_steps": 0,
     "latent": 1,
+    "upper": 0,
     "batch": 1,
     "epochs": 1,
     "anneal_epochs": 0,
@@ -199,6 +247,13 @@ def parser() -> ArgumentParser:
     add("--resume", action="store_true", help="Go on with the run in the folder, if there is one.")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: auto.")
     add("--threads", type=int, metavar="N", help="Of the CPU. Default: as PyTorch chooses.")
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="X",
+        help="Stop after so many; with status 75 if there is more to do. Default: never.",
+    )
     group = options.add_argument_group("recipe", "These go before what RECIPE says of them.")
     defaults, docs = _flat(Recipe()), _docs(Recipe) | _docs(Architecture)
     for name, kind in FIELDS.items():
@@ -220,6 +275,22 @@ def _recipe(raw: Mapping[str, Any]) -> Recipe:
     typed = {name: _typed(name, value) for name, value in raw.items()}
     sizes = {name: typed.pop(name) for name in SIZES if name in typed}
     return Recipe(architecture=Architecture(**sizes), **typed)
+
+
+def _sequence(objectives: str) -> list[tuple[float, str]]:
+    """Objectives one after another, each with the epoch before which it ends."""
+    sequence, until = list[tuple[float, str]](), 0.0
+    parts = [part.strip().partition(":") for part in objectives.split(",")]
+    for index, (name, _, epochs) in enumerate(parts, start=1):
+        last = index == len(parts)
+        if name not in OBJECTIVES or last != (not epochs) or not (last or epochs.isdecimal()):
+            raise RecipeError(
+                f"Expected an objective of {', '.join(OBJECTIVES)}, or several such as "
+                f"vae:50,iwae with the epochs of all but the last; got {objectives!r}."
+            )
+        until += math.inf if last else int(epochs)
+        sequence.append((until, name))
+    return sequence
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -26,12 +26,14 @@ __all__ = [
     "RELIABLE_PARETO_K",
     "Mean",
     "Slots",
+    "Thinned",
     "WeightSums",
     "effective_sample_size",
     "log_mean_exp",
     "normalise",
     "pareto_k",
     "resample",
+    "thin",
 ]
 
 RELIABLE_PARETO_K = 0.7
@@ -156,6 +158,39 @@ class Slots:
         )
         moves = uniforms[..., 1] < share[:, None]
         return Slots(torch.where(moves[..., None], candidate, self.chosen))
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Rows that stand for all: the sum of scale·f(row) has the expectation of the whole sum."""
+
+    index: Int[Tensor, " count"]
+    scale: Float[Tensor, " count"]
+
+
+def thin(sizes: Float[Tensor, " rows"], count: int, uniform: Float[Tensor, "1"]) -> Thinned:
+    """So many rows by systematic sampling, with chances in proportion to their sizes.
+
+    A row whose chance would pass one is certain (Särndal, Swensson and Wretman, "Model Assisted
+    Survey Sampling", 1992, section 3.6), and what it leaves goes to the others. With as many as
+    there are, they are all rows.
+    """
+    if count >= len(sizes):
+        return Thinned(torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes))
+    chance = sizes.double()
+    for _ in range(CAPPING_ROUNDS):
+        certain = chance >= 1
+        free = torch.where(certain, 0.0, chance)
+        left = (count - certain.sum()) / free.sum().clamp(min=torch.finfo(free.dtype).tiny)
+        chance = torch.where(certain, 1.0, (free * left).clamp(max=1))
+    cumulative = chance.cumsum(0)
+    places = (torch.arange(count, device=sizes.device) + uniform.double()) / count
+    index = torch.searchsorted(cumulative, places * cumulative[-1], right=True)
+    index = index.clamp(max=len(sizes) - 1)
+    return Thinned(index, (cumulative[-1] / (count * chance[index])).to(sizes))
+
+
+CAPPING_ROUNDS = 8
 
 
 def tail_length(particles: int) -> int:

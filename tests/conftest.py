@@ -16,6 +16,8 @@ from model.noise import Noise
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("fixed")
 
+# To compile takes seconds, and whoever wants it says so.
+torch.compiler.set_stance("force_eager")
 # Where the tensors are this small, threads only wait for each other.
 torch.set_num_threads(1)
 
@@ -24,12 +26,16 @@ def small_model(
     *,
     image_shape: tuple[int, int, int] = (1, 3, 3),
     latent: int = 2,
+    upper: int = 0,
     gain: float = 2.0,
     seed: int = 0,
 ) -> LatentVariableModel:
     """A model in float64 whose pixels depend on z far more than in a fresh network."""
     noise = Noise(seed)
-    model = Architecture(image_shape=image_shape, latent=latent, hidden=(8,)).build(noise).double()
+    architecture = Architecture(
+        image_shape=image_shape, latent=latent, upper=upper, hidden=(8,), upper_hidden=(6,)
+    )
+    model = architecture.build(noise).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

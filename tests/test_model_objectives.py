@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from model.latent import GaussianMixture, LatentVariableModel, Particles
+from model.latent import LatentVariableModel, Particles
 from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import (
@@ -24,6 +24,7 @@ from model.objectives import (
     optimal,
     wake,
 )
+from model.proposal import GaussianMixture
 from tests.conftest import (
     Quadrature,
     copies,
@@ -43,29 +44,45 @@ ROWS = {
 }
 
 
+LAYERS = {f"{name}, one layer": (row, 0) for name, row in ROWS.items()} | {
+    f"{name}, two layers": (row, 3) for name, row in ROWS.items() if name != "vae-analytic/slides"
+}
+
 Gradients = dict[str, Tensor]
 
 
-def _climbed(objective: Objective, **settings: float) -> Gradients:
+def _climbed(objective: Objective, *, alpha: float = 1.0, upper: int = 0) -> Gradients:
     """The gradients that `ascend` leaves behind, up the objective."""
-    model = small_model()
-    ascend(objective, model, some_incomplete(), NOISE, particles=7, **settings)  # pyright: ignore[reportArgumentType]
+    model = small_model(upper=upper)
+    ascend(whole(objective), model, some_incomplete(), NOISE, particles=7, alpha=alpha)
+    return _left(model)
+
+
+def whole(objective: Objective, **options: object) -> Objective:
+    """The objective with every particle on the way back."""
+    return replace(objective, way_back=1.0, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _left(model: LatentVariableModel) -> Gradients:
     return {
         name: torch.zeros_like(p) if p.grad is None else -p.grad
         for name, p in model.named_parameters()
     }
 
 
-def _particles(
-    model: LatentVariableModel, objective: Objective, *, imputations: int = 1
-) -> Particles:
+def _particles(model: LatentVariableModel, objective: Objective) -> Particles:
     """The same particles as `ascend` draws, with z attached to θ and φ alike."""
     images = some_incomplete()
-    proposal = objective.proposal(model, images, NOISE.at("proposal"), imputations=imputations)
-    return model.particles(images, proposal, proposal.draw(7, NOISE.at("particles")))
+    proposal = objective.proposal(model, images, NOISE.at("proposal"))
+    latents = proposal.draw(7, NOISE.at("particles"))
+    found = model.particles(images, proposal, latents)
+    _, missing = model.likelihood.log_densities(model.decode(latents), images)
+    return replace(found, expected_log_missing=missing)
 
 
-def _gradients(scalar: Tensor, model: LatentVariableModel, network: str) -> Gradients:
+def _gradients(
+    scalar: Tensor, model: LatentVariableModel, network: str | tuple[str, ...]
+) -> Gradients:
     part = {n: p for n, p in model.named_parameters() if n.startswith(network)}
     found = torch.autograd.grad(
         scalar, list(part.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -100,19 +117,18 @@ def test_the_m_step_climbs_the_likelihood_as_iwae_does(em: str, direct: str):
 
 @pytest.mark.parametrize("imputations", [1, 3])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("objective", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize(("objective", "upper"), LAYERS.values(), ids=LAYERS.keys())
 def test_one_pass_back_gives_the_gradients_of_two(
-    objective: Objective, alpha: float, imputations: int
+    objective: Objective, alpha: float, imputations: int, upper: int
 ):
     """What `ascend` adds is ∇θ of the one surrogate and ∇φ of the other, by plain autograd."""
-    model = small_model()
-    surrogate = objective.surrogate(
-        _particles(model, objective, imputations=imputations), alpha=alpha
-    )
-    plain = _gradients(surrogate.decoder, model, "decoder")
-    plain |= _gradients(surrogate.encoder, model, "encoder")
+    objective = replace(objective, imputations=imputations)
+    model = small_model(upper=upper)
+    surrogate = objective.surrogate(_particles(model, objective), alpha=alpha)
+    plain = _gradients(surrogate.decoder, model, ("decoder", "prior"))
+    plain |= _gradients(surrogate.encoder, model, ("encoder", "upper_encoder"))
 
-    climbed = _climbed(objective, alpha=alpha, imputations=imputations)
+    climbed = _climbed(objective, alpha=alpha, upper=upper)
 
     assert all(g.abs().max() > 1e-5 for g in climbed.values())
     assert_agree(dict(sorted(climbed.items())), dict(sorted(plain.items())))
@@ -125,7 +141,7 @@ def test_ascend_returns_the_bound_and_adds_to_the_gradients(objective: Objective
     expected = objective.bound(_particles(model, objective)).mean()
 
     bounds = [
-        ascend(objective, model, some_incomplete(), NOISE, particles=7, alpha=0.3)
+        ascend(whole(objective), model, some_incomplete(), NOISE, particles=7, alpha=0.3).bound
         for _ in range(2)
     ]
     twice = {n: -p.grad / 2 for n, p in model.named_parameters() if p.grad is not None}
@@ -194,7 +210,7 @@ def test_a_pixel_that_nobody_saw_teaches_the_decoder_nothing(objective: Objectiv
     images = some_incomplete()
     images.observed[..., 0, 0] = False
     ascend(
-        objective,
+        whole(objective),
         model,
         Incomplete.hide(images.values, images.observed),
         NOISE,
@@ -282,7 +298,7 @@ def test_on_complete_images_the_two_passes_are_one():
     gradients: list[list[Tensor | None]] = []
     for name in ("iwem", "miss-iwem"):
         model = small_model()
-        ascend(OBJECTIVES[name], model, images, NOISE, particles=7, alpha=0.3)
+        ascend(whole(OBJECTIVES[name]), model, images, NOISE, particles=7, alpha=0.3)
         gradients.append([p.grad for p in model.parameters()])
 
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)

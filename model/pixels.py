@@ -1,0 +1,109 @@
+r"""The likelihood $p(x \mid z)$: pixels that are independent given the latents.
+
+$$ \log p(x_o \mid z) = \sum_{d \in o} \log p(x_d \mid z), $$
+
+a sum over the observed pixels alone, for any mask.
+A likelihood takes the decoder's output, one parameter plane an image channel,
+and never a copy of the image for each particle.
+"""
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from model.masks import Incomplete
+
+__all__ = ["LIKELIHOODS", "Bernoulli", "PerParticle", "Pixels", "bernoulli_sums"]
+
+PerParticle = Float[Tensor, "batch particles"]
+Pixels = Float[Tensor, "batch particles channels height width"]
+
+
+@typing.no_type_check  # a function with runtime checks cannot be compiled
+def bernoulli_sums(logits: Tensor, seen: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨x_o, l⟩ − Σ_o softplus(l) and Σ_m (σ(l)·l − softplus(l)), a row a particle.
+
+    With r = σ(|l|), which is between a half and one, softplus(l) = max(l, 0) − log r, and a sum
+    of such logarithms is the logarithm of a product.
+    """
+    x, here = seen[:, None], observed[:, None]
+    decay = (-logits.abs()).exp()
+    r = 1 / (1 + decay)
+    mean = torch.where(logits >= 0, r, decay * r)
+    positive = logits.clamp(min=0)
+    density = (x * logits - here * positive).sum(-1) + _sum_of_logs(r, here > 0)
+    expected = ((1 - here) * (mean * logits - positive)).sum(-1) + _sum_of_logs(r, here <= 0)
+    return density, expected
+
+
+@typing.no_type_check
+def _sum_of_logs(factors: Tensor, where: Tensor) -> Tensor:
+    """The sum of some logarithms by products of at most 100, which in single precision fit."""
+    kept = torch.where(where, factors, 1.0)
+    size = max(d for d in range(1, 101) if factors.shape[-1] % d == 0)
+    return kept.unflatten(-1, (-1, size)).prod(-1).log().sum(-1)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Binary pixels, whose parameters are logits."""
+
+    sums: Callable[..., tuple[PerParticle, PerParticle]] = bernoulli_sums
+    """How `log_densities` is computed: that function, or the same one compiled."""
+
+    def log_density(self, logits: Pixels, images: Incomplete) -> PerParticle:
+        """The logarithm of p(x_o | z)."""
+        observed = images.observed.flatten(1).to(logits)
+        seen = images.values.flatten(1) * observed
+        return _BernoulliLogDensity.apply(logits.flatten(2), seen, observed)  # pyright: ignore[reportReturnType]
+
+    def log_density_of(
+        self, logits: Pixels, values: Float[Tensor, "batch ..."], where: Bool[Tensor, "batch ..."]
+    ) -> PerParticle:
+        """The log-probability of some pixels of known values."""
+        return self.log_density(logits, Incomplete.hide(values, where))
+
+    @torch.no_grad()
+    def log_densities(self, logits: Pixels, images: Incomplete) -> tuple[PerParticle, PerParticle]:
+        """Without gradient, log p(x_o | z) and E log p(x_m | z) under p(x_m | z) itself."""
+        observed = images.observed.flatten(1).to(logits)
+        return self.sums(logits.flatten(2), images.values.flatten(1) * observed, observed)
+
+    def mean(self, logits: Pixels) -> Pixels:
+        """E[x | z]."""
+        return logits.sigmoid()
+
+    def mean_square(self, logits: Pixels) -> Pixels:
+        """E[x² | z]."""
+        return logits.sigmoid()
+
+    def sample(
+        self,
+        logits: Float[Tensor, "*batch channels height width"],
+        uniforms: Float[Tensor, "*batch channels height width"],
+    ) -> Float[Tensor, "*batch channels height width"]:
+        """Pixels x ~ p(x | z), from numbers that are uniform on [0, 1)."""
+        return (uniforms < logits.sigmoid()).to(logits)
+
+
+class _BernoulliLogDensity(torch.autograd.Function):
+    """⟨x_o, l⟩ − Σ_o softplus(l), without a copy of x a particle."""
+
+    @staticmethod
+    def forward(ctx, logits, seen, observed):  # noqa: ANN001, ANN205  # pyright: ignore[reportMissingParameterType]
+        ctx.save_for_backward(logits, seen, observed)
+        softplus = torch.nn.functional.softplus(logits)
+        return softplus.mul_(-observed[:, None]).addcmul_(logits, seen[:, None]).sum(-1)
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ANN001, ANN205  # pyright: ignore[reportMissingParameterType, reportIncompatibleMethodOverride]
+        logits, seen, observed = ctx.saved_tensors
+        slope = torch.addcmul(seen[:, None], logits.sigmoid(), observed[:, None], value=-1)
+        return slope * gradient[..., None], None, None
+
+
+LIKELIHOODS = {"bernoulli": Bernoulli}

@@ -1,0 +1,243 @@
+r"""Distributions of the latents: the prior $p(z)$ and the proposals $q(z)$.
+
+A model of one stochastic layer has the prior $N(0, I)$ and Gaussian proposals.
+One of two (Burda, Grosse and Salakhutdinov, 2016) has $z = (z_1, z_2)$, of which the decoder sees
+the first,
+
+$$ p(z) = p(z_2)\, p(z_1 \mid z_2; \theta), \qquad q(z) = q(z_1)\, q(z_2 \mid z_1; \phi). $$
+
+The proposal of an image with holes is a mixture over $J$ ways to fill them,
+
+$$ q(z_1) = \tfrac1J \sum_j q(z_1 \mid \breve x_j; \phi), $$
+
+whose density is the denominator of every particle whichever component drew it
+(the balance heuristic of Veach and Guibas, 1995): with $J = 1$ it is the proposal of the slides.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model.noise import Noise, Source
+
+__all__ = [
+    "GaussianMixture",
+    "Latents",
+    "Prior",
+    "Proposal",
+    "Stacked",
+    "StackedPrior",
+    "StandardNormal",
+]
+
+Latents = Float[Tensor, "batch particles latent"]
+PerParticle = Float[Tensor, "batch particles"]
+Upper = Float[Tensor, "batch particles upper"]
+
+
+@runtime_checkable
+class Proposal(Protocol):
+    """A distribution of z for each image of a batch, from which particles are drawn."""
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """So many latents an image, differentiable in the distribution's parameters."""
+        ...
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of q(z)."""
+        ...
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """The closed-form KL(q ‖ p) from the prior; ValueError where there is none."""
+        ...
+
+    def detach(self) -> "Proposal":
+        """The same distribution, through whose parameters no gradient flows."""
+        ...
+
+    @property
+    def lower(self) -> "GaussianMixture":
+        """The distribution of the latents that the decoder sees."""
+        ...
+
+    def above(self, lower: "GaussianMixture") -> "Proposal":
+        """The same distribution but for that of the latents that the decoder sees."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """An even mixture of Gaussians with diagonal covariances."""
+
+    mean: Float[Tensor, "batch components latent"]
+    log_std: Float[Tensor, "batch components latent"]
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """Latents that use the components evenly, in an order drawn afresh.
+
+        Each particle is by itself a draw from the mixture, so that any number of them may be
+        used; together they vary less than independent ones.
+        """
+        batch, components, latent = self.mean.shape
+        normals = noise.at("normal").normal(batch, particles, latent, like=self.mean)
+        if components == 1:
+            return self.mean + self.log_std.exp() * normals
+        keys = noise.at("component").uniform(
+            batch, -(-particles // components), components, like=self.mean
+        )
+        order = keys.argsort(-1).flatten(1)[:, :particles, None].expand(-1, -1, latent)
+        return self.mean.gather(1, order) + self.log_std.gather(1, order).exp() * normals
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The log-density of the whole mixture."""
+        # The square is multiplied out, so that it is a product of matrices and not a tensor of
+        # particles times components times latents; in float64, where nothing cancels.
+        z, mean, log_std = latents.double(), self.mean.double(), self.log_std.double()
+        precision = (-2 * log_std).exp()
+        weights = torch.cat([-0.5 * precision, mean * precision], -1)
+        constant = (0.5 * mean.square() * precision + log_std).sum(-1)
+        exponent = torch.cat([z.square(), z], -1) @ weights.transpose(1, 2) - constant[:, None]
+        mixed = exponent.logsumexp(-1) - math.log(mean.shape[1])
+        return (mixed - 0.5 * math.log(2 * math.pi) * z.shape[-1]).to(latents)
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """KL(q ‖ N(0, I)) of a single Gaussian."""
+        if self.mean.shape[1] != 1:
+            raise ValueError(
+                "Expected a proposal of one Gaussian for the analytic divergence; "
+                f"got a mixture of {self.mean.shape[1]}."
+            )
+        variance = (2 * self.log_std).exp()
+        terms = self.mean.square() + variance - 1 - 2 * self.log_std
+        return 0.5 * terms.sum((1, 2))
+
+    def leaf(self) -> "GaussianMixture":
+        """The mixture with its parameters as leaves, whose gradients may be asked for."""
+        return GaussianMixture(
+            self.mean.detach().requires_grad_(), self.log_std.detach().requires_grad_()
+        )
+
+    @property
+    def lower(self) -> "GaussianMixture":
+        """Itself: there is one stochastic layer."""
+        return self
+
+    def above(self, lower: "GaussianMixture") -> "GaussianMixture":
+        """The other mixture: there is nothing above it."""
+        return lower
+
+    def standard_where(self, rows: Bool[Tensor, " batch"]) -> "GaussianMixture":
+        """The mixture, but N(0, I) for some images."""
+        at = rows[:, None, None]
+        return GaussianMixture(self.mean.masked_fill(at, 0.0), self.log_std.masked_fill(at, 0.0))
+
+    def detach(self) -> "GaussianMixture":
+        """The mixture with its parameters as constants."""
+        return GaussianMixture(self.mean.detach(), self.log_std.detach())
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """A distribution of z."""
+
+    def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
+        """Independent latents."""
+        ...
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of p(z)."""
+        ...
+
+
+@dataclass(frozen=True)
+class StandardNormal:
+    """The prior N(0, I)."""
+
+    latent: int
+
+    def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
+        """Independent latents from the prior."""
+        return noise.at("prior").normal(count, self.latent, like=like)
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of p(z)."""
+        return -0.5 * (latents.square().sum(-1) + math.log(2 * math.pi) * self.latent)
+
+
+class StackedPrior(nn.Module):
+    """p(z₂)·p(z₁ | z₂) with p(z₂) = N(0, I) and a network for the Gaussian below it."""
+
+    def __init__(self, lower: int, upper: int, network: nn.Module) -> None:
+        super().__init__()
+        self.lower, self.upper, self.network = lower, StandardNormal(upper), network
+
+    def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
+        """Independent latents, the lower ones first."""
+        z2 = self.upper.draw(count, noise.at("upper"), like=like)
+        mean, log_std = self.network(z2)
+        z1 = mean + log_std.exp() * noise.at("lower").normal(*mean.shape, like=mean)
+        return torch.cat([z1, z2], -1)
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of p(z₂)·p(z₁ | z₂)."""
+        z1, z2 = latents[..., : self.lower], latents[..., self.lower :]
+        return self.upper.log_density(z2) + _log_normal(z1, *self.network(z2))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """q(z₁)·q(z₂ | z₁): a mixture of Gaussians and a network for the Gaussian above it."""
+
+    lower: GaussianMixture
+    network: nn.Module
+    constant: bool = False
+    """Whether the network's weights are held constant."""
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """Latents of both layers, the lower ones first."""
+        z1 = self.lower.draw(particles, noise)
+        mean, log_std = self._above(z1)
+        z2 = mean + log_std.exp() * noise.at("upper").normal(*mean.shape, like=mean)
+        return torch.cat([z1, z2], -1)
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of q(z₁)·q(z₂ | z₁)."""
+        size = self.lower.mean.shape[-1]
+        z1, z2 = latents[..., :size], latents[..., size:]
+        return self.lower.log_density(z1) + _log_normal(z2, *self._above(z1))
+
+    def above(self, lower: GaussianMixture) -> "Stacked":
+        """The same network above another mixture."""
+        return Stacked(lower, self.network, self.constant)
+
+    def standard_where(self, rows: Bool[Tensor, " batch"]) -> "Stacked":
+        """The distribution, but with N(0, I) as the lower layer's for some images."""
+        return self.above(self.lower.standard_where(rows))
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """There is none in closed form."""
+        raise ValueError(
+            "Expected a proposal of one Gaussian for the analytic divergence; "
+            "got one of two stochastic layers."
+        )
+
+    def detach(self) -> "Stacked":
+        """The distribution with its parameters as constants; latents still carry gradient."""
+        return Stacked(self.lower.detach(), self.network, constant=True)
+
+    def _above(self, z1: Latents) -> tuple[Upper, Upper]:
+        if not self.constant:
+            return self.network(z1)
+        weights = {name: p.detach() for name, p in self.network.named_parameters()}
+        return functional_call(self.network, weights, (z1,))
+
+
+def _log_normal(z: Latents, mean: Latents, log_std: Latents) -> PerParticle:
+    standard = (z - mean) * (-log_std).exp()
+    constant = 0.5 * math.log(2 * math.pi) * z.shape[-1]
+    return -0.5 * standard.square().sum(-1) - log_std.sum(-1) - constant

@@ -1,0 +1,463 @@
+r"""A run: the training of one model in one folder, which continues from wherever it was stopped.
+
+    recipe.json            what was asked for
+    state.safetensors      weights, Adam's moments, the best weights so far, and where the run is
+    metrics.jsonl          a line an epoch
+    ledger.jsonl           a line for each time that somebody worked on it: device, seconds, steps
+    tensorboard/           the same curves
+    checkpoint/            the best model so far, by validation on observed pixels
+
+All that is drawn in a step comes from `Noise(seed).at("step", step)`, so the state needs no
+generator and a run that was killed anywhere ends in the same weights as one that was not.
+Everything is written beside its place and renamed into it, in an order in which whatever is
+lost is made again: an epoch's metrics, then the state that counts the epoch, then the checkpoint.
+A folder may be moved to another machine; the weights then are those of both machines' arithmetic.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import checkpoint, data
+from model.checkpoint import Card, Checkpoint, CheckpointError
+from model.data import DataError, Images, Split
+from model.latent import LatentVariableModel
+from model.likelihood import Stages
+from model.noise import Noise
+from model.objectives import Climbed, ascend, bound
+from model.recipe import Recipe, RecipeError, to_json
+
+__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
+
+RECIPE, STATE, METRICS, LEDGER, CHECKPOINT = (
+    "recipe.json",
+    "state.safetensors",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "checkpoint",
+)
+SAVE_EVERY = 60.0
+"""Seconds of work that a kill may cost."""
+LOOK_EVERY = 100
+"""Steps between two looks at the bounds, each of which waits for the device."""
+
+
+class Diverged(RuntimeError):
+    """The bound, or a weight, is no longer a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """An epoch in numbers."""
+
+    epoch: int
+    step: int
+    train_bound: float
+    validation_bound: float
+    best_epoch: int
+    alpha: float
+    elbo_variance: float | None = None
+    """Of the ELBO as an estimate from an image's particles: the mean over the epoch."""
+    q_hat_variance: float | None = None
+    """Of Q̂ likewise."""
+    seconds: float
+
+
+@dataclass
+class State:
+    """Where a run is; saved whole, so that it goes on from there."""
+
+    model: LatentVariableModel
+    optimizer: torch.optim.AdamW
+    best: dict[str, Tensor]
+    step: int = 0
+    validated: int = 0
+    """Epochs that are over and validated."""
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Of the bound, and of the variances of the ELBO and Q̂, over the epoch's steps."""
+    best_bound: float = -math.inf
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+
+PLACE = ("step", "validated", "sums", "best_bound", "best_epoch", "seconds")
+
+
+class Run:
+    """The training of one model in one folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, *, device: str = "auto") -> None:
+        self.folder, self.device, self.asked = folder, _pick(device), recipe
+        self.dataset = data.load(recipe.data)
+        channels, height, width = self.dataset.train.pixels.shape[1:]
+        architecture = replace(recipe.architecture, image_shape=(channels, height, width))
+        self.recipe = replace(recipe, architecture=architecture)
+        self.annealed_until = recipe.anneal_epochs if recipe.last_objective.annealed else 0
+        self.noise = Noise(recipe.seed)
+        self.train = self._split("train", self.dataset.train)
+        self.validation = self._split("validation", self.dataset.validation)
+        self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
+        model = _compiled(architecture.build(self.noise.at("weights")).to(self.device))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.state = State(model, optimizer, _copy(model))
+        self.unseen: list[Climbed] = []
+        self.since, self.ledger = replace(self.state), ""
+        self.clock = self.saved = time.monotonic()
+
+    @property
+    def steps(self) -> int:
+        """How many steps the recipe allows."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or validation has stopped improving."""
+        done = self.state.validated
+        waited = done - max(self.state.best_epoch + 1, self.annealed_until)
+        return done >= self.recipe.epochs or waited >= self.recipe.patience
+
+    @property
+    def due(self) -> bool:
+        """Whether the state was last saved so long ago that it should be saved now."""
+        return time.monotonic() - self.saved >= SAVE_EVERY
+
+    def begin(self) -> None:
+        """Makes the folder that of this run, and goes back to its saved state if it has one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / RECIPE, to_json(self.asked))
+        known = (self.folder / STATE).exists()
+        if known:
+            self._restore()
+        self.since = replace(self.state)
+        path = self.folder / LEDGER
+        self.ledger = path.read_text() if path.exists() else ""
+        if not known:
+            self.save()
+        kept = [_line(metrics) for metrics in self.history()]
+        _write(self.folder / METRICS, "".join(kept))
+        for stray in self.folder.glob(f".{CHECKPOINT}-*"):
+            shutil.rmtree(stray)
+        if self.state.best_epoch >= 0:
+            self.up_to_date_card()
+
+    def rest(self) -> Iterator[Metrics | None]:
+        """What is left to do, in parts after each of which the run may be saved and left.
+
+        Gives an epoch's metrics at its end.
+        """
+        while not self.finished:
+            if self.state.step < (self.state.validated + 1) * self.steps_per_epoch:
+                self.step()
+                yield None
+            else:
+                yield (yield from self.end_epoch())
+
+    def step(self) -> None:
+        """One step of the optimiser."""
+        recipe, state = self.recipe, self.state
+        epoch, place = divmod(state.step, self.steps_per_epoch)
+        self.train.turn_to(epoch)
+        index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
+        noise = self.noise.at("step", state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        images, objective = self.train.batch(index, noise), recipe.objective_in(epoch)
+        for climb in objective.climbs:
+            state.optimizer.zero_grad()
+            climbed = ascend(
+                objective,
+                state.model,
+                images,
+                noise.at(climb),
+                particles=recipe.particles,
+                alpha=self.alpha(epoch),
+                climb=climb,
+            )
+            state.optimizer.step()
+            if climb != "encoder":
+                self.unseen.append(climbed)
+        state.step += 1
+        if len(self.unseen) >= LOOK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Adds up the bounds of the last steps, which had not left the device.
+
+        Raises:
+            Diverged: One of them is not a finite number.
+        """
+        first = self.state.step - len(self.unseen)
+        seen = [torch.stack([c.bound, c.elbo_variance, c.q_hat_variance]) for c in self.unseen]
+        numbers: list[list[float]] = torch.stack(seen).tolist() if seen else []
+        self.unseen.clear()
+        for step, of_step in enumerate(numbers, start=first + 1):
+            if not math.isfinite(of_step[0]):
+                raise self._diverged("objective", step)
+            bound, elbo, q_hat = (s + n for s, n in zip(self.state.sums, of_step, strict=True))
+            self.state.sums = (bound, elbo, q_hat)
+
+    def alpha(self, epoch: int) -> float:
+        """The share of Q̂ in the M-step: from 0 to 1 over the first epochs."""
+        return min(1.0, epoch / self.annealed_until) if self.annealed_until else 1.0
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        if self.recipe.schedule == "constant":
+            return self.recipe.learning_rate
+        done = self.state.step / self.steps
+        return self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def validate(self) -> Stages[float]:
+        """The objective's bound on the observed pixels of the held-out incomplete images."""
+        recipe, model = self.recipe, self.state.model
+        sums: list[Tensor] = []
+        for start in range(0, len(self.validation), recipe.batch):
+            noise = self.noise.at("validate", start)
+            images = self.validation.batch(slice(start, start + recipe.batch), noise)
+            bounds = bound(recipe.last_objective, model, images, noise, particles=recipe.particles)
+            sums.append(bounds.sum())
+            yield
+        return sum(torch.stack(sums).tolist()) / len(self.validation)
+
+    def end_epoch(self) -> Stages[Metrics]:
+        """Validates, keeps the best model, and writes everything down; returns the metrics."""
+        self.look()
+        state, epoch = self.state, self.state.validated
+        found = yield from self.validate()
+        if not math.isfinite(found):
+            raise self._diverged("validation bound", state.step)
+        if found > state.best_bound:
+            state.best_bound, state.best_epoch, state.best = found, epoch, _copy(state.model)
+        self._count_seconds()
+        metrics = Metrics(
+            epoch=epoch,
+            step=state.step,
+            train_bound=state.sums[0] / self.steps_per_epoch,
+            validation_bound=found,
+            best_epoch=state.best_epoch,
+            alpha=self.alpha(epoch),
+            elbo_variance=state.sums[1] / self.steps_per_epoch,
+            q_hat_variance=state.sums[2] / self.steps_per_epoch,
+            seconds=round(state.seconds, 1),
+        )
+        state.sums, state.validated = (0.0, 0.0, 0.0), epoch + 1
+        _append(self.folder / METRICS, _line(metrics))
+        self.save()
+        if state.best_epoch == epoch:
+            self.write_checkpoint()
+        return metrics
+
+    def history(self) -> list[Metrics]:
+        """The metrics of the epochs that the state knows of."""
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        written = [Metrics(**json.loads(line)) for line in lines if line.endswith("\n")]
+        return [metrics for metrics in written if metrics.epoch < self.state.validated]
+
+    def save(self) -> None:
+        """Writes the state, as a whole or not at all.
+
+        Raises:
+            Diverged: It has a number that is not finite; the state that was saved before stays.
+        """
+        self.look()
+        self._count_seconds()
+        tensors = self._tensors()
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise self._diverged("model", self.state.step)
+        place = {name: getattr(self.state, name) for name in PLACE}
+        fresh = self.folder / f".{STATE}"
+        save_file(tensors, fresh, {"place": json.dumps(place)})
+        _put(fresh, self.folder / STATE)
+        _write(self.folder / LEDGER, self.ledger + self._entry())
+        self.saved = time.monotonic()
+
+    def write_checkpoint(self) -> Card:
+        """Replaces the checkpoint by the best model so far; returns its card."""
+        model = self.recipe.architecture.build(Noise(0))
+        model.load_state_dict({name: tensor.cpu() for name, tensor in self.state.best.items()})
+        return checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model, self.card()))
+
+    def up_to_date_card(self) -> Card:
+        """The best model's card, which is written anew where it is not of this state."""
+        try:
+            card = checkpoint.read_card(self.folder / CHECKPOINT)
+        except CheckpointError:
+            return self.write_checkpoint()
+        known = (card.training.get("epochs"), card.training.get("best_epoch"))
+        if known == (self.state.validated, self.state.best_epoch):
+            return card
+        return self.write_checkpoint()
+
+    def card(self) -> Card:
+        """What there is to say of the best model so far."""
+        recipe = {k: v for k, v in asdict(self.recipe).items() if k != "architecture"}
+        drawn = "drawn anew every epoch" if self.recipe.redraw else "drawn once"
+        return Card(
+            name=self.folder.resolve().name,
+            architecture=self.recipe.architecture,
+            binarise=self.recipe.binarise,
+            objective=self.recipe.objective,
+            missing=f"{self.recipe.missing}, {drawn}",
+            recipe=recipe,
+            data={
+                "name": self.dataset.name,
+                "source": self.dataset.source,
+                "sha256": self.dataset.sha256,
+                "images": len(self.train),
+            },
+            training={
+                "epochs": self.state.validated,
+                "best_epoch": self.state.best_epoch,
+                "validation_bound": round(self.state.best_bound, 4),
+                "seconds": round(self.state.seconds),
+                "device": _device_name(self.device),
+                "commit": _commit(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            },
+        )
+
+    def _split(self, name: str, images: Images) -> Split:
+        split = Split(
+            images,
+            missing=self.recipe.missing,
+            redraw=self.recipe.redraw,
+            binarise=self.recipe.binarise,
+            noise=self.noise.at(name),
+            device=self.device,
+        )
+        if not bool(split.observed.any()):
+            raise DataError(
+                f"Expected {name} images of {self.dataset.name} with pixels that are observed "
+                f"under the missingness {self.recipe.missing}; got {len(images)} without any."
+            )
+        return split
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.state.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.state.best.items()}
+        for index, moments in self.state.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def _restore(self) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}}
+        with safe_open(self.folder / STATE, "pt", device=str(self.device)) as saved:
+            place = json.loads(saved.metadata()["place"])
+            for name in saved.keys():  # noqa: SIM118  # it is no dict, and cannot be iterated
+                part, _, rest = name.partition(".")
+                parts[part][rest] = saved.get_tensor(name)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["adam"].items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = value
+        optimizer = self.state.optimizer
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        self.state.model.load_state_dict(parts["model"])
+        self.state.best = parts["best"]
+        # Version 0.1.0 saved at an epoch's end only after it was validated, and did not say so.
+        place.setdefault("validated", place["step"] // self.steps_per_epoch)
+        place.setdefault("sums", (place.get("bound_sum"), 0.0, 0.0))
+        for name in PLACE:
+            value = place[name]
+            setattr(self.state, name, tuple(value) if isinstance(value, list) else value)
+
+    def _entry(self) -> str:
+        """What was done since this run was begun, for the ledger."""
+        entry = {
+            "device": _device_name(self.device),
+            "torch": torch.__version__,
+            "from_step": self.since.step,
+            "to_step": self.state.step,
+            "seconds": round(self.state.seconds - self.since.seconds, 1),
+        }
+        return json.dumps(entry) + "\n"
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _diverged(self, what: str, step: int) -> Diverged:
+        return Diverged(
+            f"The {what} is not a finite number after step {step} "
+            f"(epoch {math.ceil(step / self.steps_per_epoch)}). The last good state is kept in "
+            f"{self.folder}; a smaller learning_rate is the usual cure."
+        )
+
+
+def _line(metrics: Metrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text)
+    _put(fresh, path)
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def _put(fresh: Path, path: Path) -> None:
+    """Renames a file into its place once the disk has it: not even a power cut tears it."""
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _copy(model: LatentVariableModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _compiled(model: LatentVariableModel) -> LatentVariableModel:
+    """The model with its pixels' sums as one loop in machine code, where there is a compiler."""
+    if shutil.which(os.environ.get("CXX", "g++")) is not None:
+        sums = torch.compile(model.likelihood.sums, dynamic=False)
+        model.likelihood = replace(model.likelihood, sums=sums)
+    return model
+
+
+def _pick(device: str) -> torch.device:
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=automatic if device == "auto" else device).device
+    except (RuntimeError, AssertionError) as error:  # the latter, where torch has no CUDA at all
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"Expected a device of this machine; got {device!r}: {reason}"
+        ) from error
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    source = Path(__file__).parent
+    asked = subprocess.run(
+        [git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or "unknown"
