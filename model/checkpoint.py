@@ -18,7 +18,16 @@ from safetensors.torch import load, save
 from model.latent import Architecture, LatentVariableModel
 from model.noise import Noise
 
-__all__ = ["FORMAT_VERSION", "Card", "Checkpoint", "CheckpointError", "read", "read_card", "write"]
+__all__ = [
+    "CARD",
+    "FORMAT_VERSION",
+    "Card",
+    "Checkpoint",
+    "CheckpointError",
+    "read",
+    "read_card",
+    "write",
+]
 
 FORMAT_VERSION = 1
 WEIGHTS, CARD = "weights.safetensors", "card.json"

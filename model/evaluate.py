@@ -1,35 +1,42 @@
 r"""Filling in a checkpoint's card: how good the model is on test images, and what it does.
 
-Two scores, each with what it was measured with (METHOD: never one without the other's name):
+Three scores, each with what it was measured with:
 
 - `raw`: log p(x) of complete test images, with the encoder's own proposal;
+- `tight`: the same with an encoder that was refitted on these images, the decoder as it was;
 - `predictive`: log p(x_m | x_o) of the pixels that a mask hides, as the service computes it.
   It is a normalised distribution over $x_m$, so that no bad proposal can flatter it.
 
-The masks of the second go from the one that was trained on to kinds that were never seen.
+The masks of the last go from the one that was trained on to kinds that were never seen.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import Tensor
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint
 from model.imputation import Completions, impute
-from model.likelihood import Estimate, Scores, finish, score
+from model.latent import LatentVariableModel
+from model.likelihood import Estimate, Scores, Stages, finish, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
+from model.refit import refitted
 
 __all__ = ["MASKS", "evaluate", "picture"]
 
+T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
+REFIT_EPOCHS, BATCH = 20, 100
+"""How often the images pass by an encoder that is refitted, and so many of them in a step."""
 CHUNK = 10
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
 
@@ -37,6 +44,7 @@ CHUNK = 10
 def evaluate(
     folder: Path,
     *,
+    scores: Sequence[str] = ("raw", "predictive"),
     images: int = 1000,
     particles: int = 1000,
     raw_images: int | None = None,
@@ -47,22 +55,34 @@ def evaluate(
 ) -> Card:
     """Measures a checkpoint on its data set's test images and writes the results into its card.
 
+    Scores that were not asked for stay as they are in the card.
+
     Raises:
         CheckpointError: The folder holds no checkpoint.
         DataError: The data set is not there.
+        ValueError: There is no such score.
     """
+    if unknown := set(scores) - set(SCORES):
+        raise ValueError(f"Expected scores of {', '.join(SCORES)}; got {', '.join(unknown)}.")
     read = checkpoint.read(folder)
-    truth = _test_images(read.card, seed)
-    show = console or Console(stderr=True)
-    results = {
-        "raw": _raw(read, truth[:raw_images], particles=raw_particles, seed=seed, show=show),
-        "predictive": [
-            _predictive(read, truth[:images], spec, proposal, particles, seed, show)
+    read.model.compiled()
+    test = _Test(read, _test_images(read.card, seed), seed, console or Console(stderr=True))
+    fresh: dict[str, Any] = {}
+    if "raw" in scores:
+        fresh["raw"] = test.raw(raw_images, particles=raw_particles)
+    if "tight" in scores:
+        fresh["tight"] = test.tight(raw_images, particles=raw_particles)
+    if "predictive" in scores:
+        fresh["predictive"] = [
+            test.predictive(images, spec, proposal, particles=particles)
             for proposal in ("adapted", "own")
             for spec in (masks if proposal == "adapted" else masks[:2])
-        ],
-    }
+        ]
+    results = {**read.card.results, **fresh}
     return checkpoint.write(folder, replace(read, card=replace(read.card, results=results)))
+
+
+SCORES = ("raw", "tight", "predictive")
 
 
 def picture(
@@ -110,66 +130,97 @@ def picture(
     data.save_picture(path, torch.stack(columns, 1), upscale=2)
 
 
-def _raw(
-    read: Checkpoint, truth: Tensor, *, particles: int, seed: int, show: Console
-) -> dict[str, Any]:
-    """Log p(x) of complete images, by the encoder's own proposal."""
+@dataclass(frozen=True)
+class _Test:
+    """Complete test images, and the model that is measured on them."""
 
-    def work(index: Int[Tensor, " chunk"]) -> Scores:
-        images = Incomplete.complete(truth[index])
-        noise = NoisePerImage.of(seed, index.tolist())
-        return finish(score(read.model, images, noise, particles=particles, proposal="own"))
+    read: Checkpoint
+    truth: Tensor
+    seed: int
+    show: Console
 
-    scores = [s.log_likelihood for s in _in_chunks(work, len(truth), "raw", show)]
-    return {
-        "what": "test log p(x) of complete images, nats an image",
-        **_summary(scores),
-        "particles": particles,
-        "proposal": "own",
-        "estimator": scores[0].estimator,
-        "seed": seed,
-    }
+    def raw(self, images: int | None, *, particles: int) -> dict[str, Any]:
+        """Log p(x) by the encoder's own proposal."""
+        return self._complete(self.read.model, self.truth[:images], "raw", particles)
+
+    def tight(self, images: int | None, *, particles: int) -> dict[str, Any]:
+        """Log p(x) by an encoder that was refitted on these images; the decoder is as it was."""
+        truth = self.truth[:images]
+        steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
+
+        def batch(noise: Noise) -> Incomplete:
+            picked = torch.randint(len(truth), (BATCH,), generator=noise.at("batch").generator())
+            return Incomplete.complete(truth[picked])
+
+        stages = refitted(self.read.model, batch, Noise(self.seed).at("tight"), steps=steps)
+        model = _watched(stages, steps, "refit", self.show)
+        result = self._complete(model, truth, "tight", particles)
+        return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}
+
+    def _complete(
+        self, model: LatentVariableModel, truth: Tensor, title: str, particles: int
+    ) -> dict[str, Any]:
+        def work(index: Int[Tensor, " chunk"]) -> Scores:
+            images = Incomplete.complete(truth[index])
+            noise = NoisePerImage.of(self.seed, index.tolist())
+            return finish(score(model, images, noise, particles=particles, proposal="own"))
+
+        scores = [s.log_likelihood for s in _in_chunks(work, len(truth), title, self.show)]
+        return {
+            "what": "test log p(x) of complete images, nats an image",
+            **_summary(scores),
+            "particles": particles,
+            "proposal": "own",
+            "estimator": scores[0].estimator,
+            "seed": self.seed,
+        }
+
+    def predictive(
+        self, images: int, spec: str, proposal: str, *, particles: int
+    ) -> dict[str, Any]:
+        """Log p(x_m | x_o) of what a mask hides."""
+        truth = self.truth[:images]
+        hidden = _hide(truth, spec, self.seed)
+
+        def work(index: Int[Tensor, " chunk"]) -> Scores:
+            noise = NoisePerImage.of(self.seed, index.tolist())
+            stages = score(
+                self.read.model,
+                hidden[index],
+                noise,
+                particles=particles,
+                proposal=proposal,
+                truth=truth[index],
+            )
+            return finish(stages)
+
+        scores = list(_in_chunks(work, len(truth), f"{spec}, {proposal}", self.show))
+        conditional = [s.conditional for s in scores if s.conditional is not None]
+        missing = (~hidden.observed).sum().item() / len(truth)
+        summary = _summary(conditional)
+        return {
+            "what": "test log p(x_m | x_o), nats an image",
+            "mask": spec,
+            "missing_pixels": round(missing, 1),
+            **summary,
+            "nats_per_missing_pixel": round(summary["mean"] / missing, 4),
+            "particles": particles,
+            "proposal": proposal,
+            "estimator": conditional[0].estimator,
+            "seed": self.seed,
+        }
 
 
-def _predictive(
-    read: Checkpoint,
-    truth: Tensor,
-    spec: str,
-    proposal: str,
-    particles: int,
-    seed: int,
-    show: Console,
-) -> dict[str, Any]:
-    """Log p(x_m | x_o) of what a mask hides."""
-    hidden = _hide(truth, spec, seed)
-
-    def work(index: Int[Tensor, " chunk"]) -> Scores:
-        noise = NoisePerImage.of(seed, index.tolist())
-        stages = score(
-            read.model,
-            hidden[index],
-            noise,
-            particles=particles,
-            proposal=proposal,
-            truth=truth[index],
-        )
-        return finish(stages)
-
-    scores = list(_in_chunks(work, len(truth), f"{spec}, {proposal}", show))
-    conditional = [s.conditional for s in scores if s.conditional is not None]
-    missing = (~hidden.observed).sum().item() / len(truth)
-    summary = _summary(conditional)
-    return {
-        "what": "test log p(x_m | x_o), nats an image",
-        "mask": spec,
-        "missing_pixels": round(missing, 1),
-        **summary,
-        "nats_per_missing_pixel": round(summary["mean"] / missing, 4),
-        "particles": particles,
-        "proposal": proposal,
-        "estimator": conditional[0].estimator,
-        "seed": seed,
-    }
+def _watched(stages: Stages[T], count: int, title: str, show: Console) -> T:
+    """The result of so many stages, with a progress bar over them."""
+    with Progress(console=show, disable=not show.is_terminal) as progress:
+        task = progress.add_task(title, total=count)
+        while True:
+            try:
+                next(stages)
+            except StopIteration as done:
+                return done.value
+            progress.advance(task)
 
 
 def _summary(estimates: Sequence[Estimate]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def impute(
     proposal: str = "adapted",
 ) -> Stages[Completions]:
     """The posterior mean and standard deviation of the missing pixels, and draws of them."""
-    likelihood, latent = model.likelihood, model.architecture.latent
+    likelihood, latent = model.likelihood, model.architecture.latents
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     slots = Slots.empty(len(images), draws, latent, like=images.values)
     mean, mean_square = Mean(), Mean()

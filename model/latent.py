@@ -11,8 +11,10 @@ Nobody outside `Architecture.build` and `encode` knows how many stochastic layer
 """
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from model.masks import Incomplete
 from model.networks import DECODERS, ENCODERS, Gaussian, ImageShape
 from model.noise import Noise, Source
-from model.pixels import LIKELIHOODS, Bernoulli, PerParticle, Pixels
+from model.pixels import LIKELIHOODS, Bernoulli, PerParticle, Pixels, bernoulli_sums
 from model.proposal import (
     GaussianMixture,
     Latents,
@@ -80,6 +82,11 @@ class Architecture:
     proposal_variance: float = 1.0
     """A factor of the variance that the encoder gives."""
 
+    @property
+    def latents(self) -> int:
+        """Of all stochastic layers together."""
+        return self.latent + self.upper
+
     def build(self, noise: Noise) -> "LatentVariableModel":
         """A model with fresh weights."""
         sizes = {
@@ -128,6 +135,13 @@ class LatentVariableModel(nn.Module):
         self.prior = prior
         self.likelihood = likelihood
         self.architecture = architecture
+
+    def compiled(self) -> "LatentVariableModel":
+        """The same model, which sums pixels in machine code where there is a compiler for it."""
+        if shutil.which(os.environ.get("CXX", "g++")) is not None:
+            sums = torch.compile(bernoulli_sums, dynamic=False)
+            self.likelihood = replace(self.likelihood, compiled=sums)
+        return self
 
     def prior_parameters(self) -> Iterator[nn.Parameter]:
         """The part of θ that p(z) has."""

@@ -24,8 +24,10 @@ Pixels = Float[Tensor, "batch particles channels height width"]
 
 
 @typing.no_type_check  # a function with runtime checks cannot be compiled
-def bernoulli_sums(logits: Tensor, seen: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """⟨x_o, l⟩ − Σ_o softplus(l) and Σ_m (σ(l)·l − softplus(l)), a row a particle.
+def bernoulli_sums(
+    logits: Tensor, seen: Tensor, observed: Tensor, *, missing: bool = True
+) -> tuple[Tensor, ...]:
+    """⟨x_o, l⟩ − Σ_o softplus(l) and, if asked for, Σ_m (σ(l)·l − softplus(l)), a row a particle.
 
     With r = σ(|l|), which is between a half and one, softplus(l) = max(l, 0) − log r, and a sum
     of such logarithms is the logarithm of a product.
@@ -33,9 +35,11 @@ def bernoulli_sums(logits: Tensor, seen: Tensor, observed: Tensor) -> tuple[Tens
     x, here = seen[:, None], observed[:, None]
     decay = (-logits.abs()).exp()
     r = 1 / (1 + decay)
-    mean = torch.where(logits >= 0, r, decay * r)
     positive = logits.clamp(min=0)
     density = (x * logits - here * positive).sum(-1) + _sum_of_logs(r, here > 0)
+    if not missing:
+        return (density,)
+    mean = torch.where(logits >= 0, r, decay * r)
     expected = ((1 - here) * (mean * logits - positive)).sum(-1) + _sum_of_logs(r, here <= 0)
     return density, expected
 
@@ -52,13 +56,15 @@ def _sum_of_logs(factors: Tensor, where: Tensor) -> Tensor:
 class Bernoulli:
     """Binary pixels, whose parameters are logits."""
 
-    sums: Callable[..., tuple[PerParticle, PerParticle]] = bernoulli_sums
-    """How `log_densities` is computed: that function, or the same one compiled."""
+    compiled: Callable[..., tuple[PerParticle, ...]] | None = None
+    """`bernoulli_sums` in machine code, where somebody has compiled it."""
 
     def log_density(self, logits: Pixels, images: Incomplete) -> PerParticle:
         """The logarithm of p(x_o | z)."""
         observed = images.observed.flatten(1).to(logits)
         seen = images.values.flatten(1) * observed
+        if self.compiled is not None and not torch.is_grad_enabled():
+            return self.compiled(logits.flatten(2), seen, observed, missing=False)[0]
         return _BernoulliLogDensity.apply(logits.flatten(2), seen, observed)  # pyright: ignore[reportReturnType]
 
     def log_density_of(
@@ -71,7 +77,9 @@ class Bernoulli:
     def log_densities(self, logits: Pixels, images: Incomplete) -> tuple[PerParticle, PerParticle]:
         """Without gradient, log p(x_o | z) and E log p(x_m | z) under p(x_m | z) itself."""
         observed = images.observed.flatten(1).to(logits)
-        return self.sums(logits.flatten(2), images.values.flatten(1) * observed, observed)
+        seen = images.values.flatten(1) * observed
+        density, expected = (self.compiled or bernoulli_sums)(logits.flatten(2), seen, observed)
+        return density, expected
 
     def mean(self, logits: Pixels) -> Pixels:
         """E[x | z]."""

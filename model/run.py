@@ -109,7 +109,7 @@ class Run:
         self.train = self._split("train", self.dataset.train)
         self.validation = self._split("validation", self.dataset.validation)
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
-        model = _compiled(architecture.build(self.noise.at("weights")).to(self.device))
+        model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
         optimizer = torch.optim.AdamW(
             model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
@@ -425,14 +425,6 @@ def _put(fresh: Path, path: Path) -> None:
 
 def _copy(model: LatentVariableModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _compiled(model: LatentVariableModel) -> LatentVariableModel:
-    """The model with its pixels' sums as one loop in machine code, where there is a compiler."""
-    if shutil.which(os.environ.get("CXX", "g++")) is not None:
-        sums = torch.compile(model.likelihood.sums, dynamic=False)
-        model.likelihood = replace(model.likelihood, sums=sums)
-    return model
 
 
 def _pick(device: str) -> torch.device:

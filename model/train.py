@@ -29,7 +29,7 @@ from model.recipe import (
 )
 from model.run import CHECKPOINT, RECIPE, Diverged, Metrics, Run
 
-__all__ = ["Interrupted", "main", "train"]
+__all__ = ["MORE_TO_DO", "Interrupted", "main", "train"]
 
 
 MORE_TO_DO = 75

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -72,10 +73,11 @@ def train(context: typer.Context) -> None:
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="The checkpoint.")],
     *,
+    scores: Annotated[str, typer.Option(help="Of raw,tight,predictive.")] = "raw,predictive",
     images: Annotated[int, typer.Option(help="Test images of the predictive score.")] = 1000,
     particles: Annotated[int, typer.Option(help="Particles of the predictive score.")] = 1000,
-    raw_images: Annotated[int | None, typer.Option(help="Test images of `raw`; all.")] = None,
-    raw_particles: Annotated[int, typer.Option(help="Particles of `raw`.")] = 5000,
+    raw_images: Annotated[int | None, typer.Option(help="Of `raw` and `tight`; all.")] = None,
+    raw_particles: Annotated[int, typer.Option(help="Of `raw` and `tight`.")] = 5000,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     seed: int = 0,
 ) -> None:
@@ -88,6 +90,7 @@ def evaluate(
     try:
         card = measure(
             folder,
+            scores=scores.split(","),
             images=images,
             particles=particles,
             raw_images=raw_images,
@@ -97,6 +100,44 @@ def evaluate(
     except ValueError as error:
         _fail(str(error))
     _show(card.results)
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="complete or missing.")],
+    *,
+    only: Annotated[str, typer.Option(help="Words, of which a cell's name must have one.")] = "",
+    budget: Annotated[str, typer.Option(help="Time, such as 2h or 30m.")] = "2h",
+    schedule: Annotated[str, typer.Option(help="slides, or short: fewer epochs.")] = "short",
+    seeds: Annotated[int, typer.Option(help="Trainings of each cell.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each.")] = 2,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    docs: Annotated[Path, typer.Option(help="Where results.md and results/ go.")] = Path("docs"),
+) -> None:
+    """Train and score what is not done yet of a table of the slides, and write its results."""
+    from model.reproduce import reproduce as run  # noqa: PLC0415
+    from model.tables import SCHEDULES, TABLES, cells  # noqa: PLC0415
+
+    for name, value, known in (("table", table, TABLES), ("schedule", schedule, SCHEDULES)):
+        if value not in known:
+            _fail(f"Expected a {name} of {', '.join(known)}; got {value!r}.")
+    units = {"h": 60, "m": 1}
+    if budget[-1:] not in units or not budget[:-1].isdecimal():
+        _fail(f"Expected a budget such as 2h or 30m; got {budget!r}.")
+    chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only.split()))
+    if not chosen:
+        _fail(f"Expected words that are in the name of a cell; got {only!r}.")
+    run(
+        chosen,
+        lambda words: subprocess.call([sys.executable, "-m", "service", *words]),
+        runs=runs,
+        docs=docs,
+        minutes=int(budget[:-1]) * units[budget[-1]],
+        jobs=jobs,
+        threads=threads,
+        console=Console(highlight=False),
+    )
 
 
 @app.command()

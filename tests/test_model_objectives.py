@@ -1,6 +1,7 @@
 """The objectives' gradients against plain autograd, closed forms and quadrature."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -10,10 +11,11 @@ from torch.distributions import Bernoulli, Normal
 
 from model.latent import LatentVariableModel, Particles
 from model.masks import Incomplete
-from model.noise import Noise
+from model.noise import Noise, Source
 from model.objectives import (
     OBJECTIVES,
     P_STEPS,
+    Climbed,
     Objective,
     ascend,
     doubly_reparameterised,
@@ -25,6 +27,7 @@ from model.objectives import (
     wake,
 )
 from model.proposal import GaussianMixture
+from model.refinement import Refinement
 from tests.conftest import (
     Quadrature,
     copies,
@@ -302,3 +305,268 @@ def test_on_complete_images_the_two_passes_are_one():
         gradients.append([p.grad for p in model.parameters()])
 
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+# What is thinned, drawn afresh, sampled or refined.
+
+
+@dataclass(frozen=True)
+class Split:
+    """A source whose numbers for one purpose are those of another source."""
+
+    source: Source
+    purpose: str
+    other: Source
+
+    def at(self, *path: int | str) -> Source:
+        """The other source for that purpose, and else a part of the first."""
+        if path == (self.purpose,):
+            return self.other
+        return Split(self.source.at(*path), self.purpose, self.other)
+
+    def normal(self, *shape: int, like: Tensor) -> Tensor:
+        """The first source's."""
+        return self.source.normal(*shape, like=like)
+
+    def uniform(self, *shape: int, like: Tensor) -> Tensor:
+        """The first source's."""
+        return self.source.uniform(*shape, like=like)
+
+
+THETA = ("decoder.", "prior.")
+PHI = ("encoder.", "upper_encoder.")
+
+
+def _ascended(
+    objective: Objective,
+    *,
+    noise: Source = NOISE,
+    climb: str = "both",
+    upper: int = 0,
+    images: Incomplete | None = None,
+) -> tuple[Gradients, Climbed]:
+    """The gradients of those parameters that `ascend` gives one, and what it returns."""
+    model = small_model(upper=upper)
+    climbed = ascend(
+        objective,
+        model,
+        some_incomplete() if images is None else images,
+        noise,
+        particles=7,
+        alpha=0.3,
+        climb=climb,
+    )
+    found = {n: p.grad.neg() for n, p in model.named_parameters() if p.grad is not None}
+    return found, climbed
+
+
+def _flat(gradients: Gradients) -> Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+MISS = OBJECTIVES["miss-iwem"]
+THINNED = {
+    "vae": (OBJECTIVES["vae"], "both", 0),
+    "vae-analytic": (OBJECTIVES["vae-analytic"], "both", 0),
+    "iwae": (OBJECTIVES["iwae"], "both", 0),
+    "slides": (replace(MISS, imputations=3), "both", 0),
+    "iwae as P-step": (replace(MISS, p_step="iwae"), "both", 0),
+    "dreg": (replace(MISS, p_step="dreg"), "both", 0),
+    "wake": (replace(MISS, p_step="wake"), "both", 0),
+    "two layers": (MISS, "both", 3),
+    "decoder alone": (MISS, "decoder", 0),
+    "slides, encoder alone": (MISS, "encoder", 0),
+    "dreg, encoder alone": (replace(MISS, p_step="dreg"), "encoder", 0),
+    "wake, encoder alone": (replace(MISS, p_step="wake"), "encoder", 0),
+}
+
+
+@pytest.mark.parametrize(("objective", "climb", "upper"), THINNED.values(), ids=THINNED.keys())
+def test_fewer_particles_on_the_way_back_change_no_mean(
+    objective: Objective, climb: str, upper: int
+):
+    """Over which particles go back the gradients' mean is that of all; the numbers are as ever."""
+    exact, all_back = _ascended(whole(objective), climb=climb, upper=upper)
+    sample: list[Tensor] = []
+    for seed in range(80):
+        noise = Split(NOISE, "way back", Noise(seed))
+        gradients, climbed = _ascended(objective, noise=noise, climb=climb, upper=upper)
+        sample.append(_flat(gradients))
+        assert climbed == all_back
+    thinned = torch.stack(sample)
+    random = thinned.std(0) > 1e-9
+
+    assert gradients.keys() == exact.keys()
+    assert_agree(thinned[0, ~random], _flat(exact)[~random])
+    assert standard_errors(thinned[:, random], _flat(exact)[random]).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("name", ["vae", "miss-iwem"])
+def test_fewer_particles_on_the_way_back_are_of_use(name: str):
+    """The gradient of a share of the particles is close to that of all, the larger the closer."""
+    exact = _flat(_ascended(whole(OBJECTIVES[name]))[0])
+
+    def error(share: float) -> float:
+        objective = replace(OBJECTIVES[name], way_back=share)
+        noises = [Split(NOISE, "way back", Noise(seed)) for seed in range(30)]
+        found = [_flat(_ascended(objective, noise=noise)[0]) for noise in noises]
+        return (torch.stack(found) - exact).square().mean().item()
+
+    assert error(0.6) < 0.5 * error(0.15)
+    assert error(0.6) < 0.2 * exact.square().mean()
+
+
+def test_the_shared_particles_are_climbed_once_and_fresh_ones_twice():
+    """θ and φ step together, or one after the other where the P-step has its own particles."""
+    stopped, through = (Refinement(steps=2, through=t) for t in (False, True))
+
+    assert MISS.climbs == ("both",)
+    assert replace(MISS, svi=through).climbs == ("both",)
+    assert replace(MISS, p_samples="fresh").climbs == ("decoder", "encoder")
+    assert replace(MISS, svi=stopped).climbs == ("decoder", "encoder")
+
+
+@pytest.mark.parametrize("upper", [0, 3])
+@pytest.mark.parametrize("p_step", P_STEPS)
+@pytest.mark.parametrize(("climb", "parts"), [("decoder", THETA), ("encoder", PHI)])
+def test_each_climb_is_its_half_of_both(
+    climb: str, parts: tuple[str, ...], p_step: str, upper: int
+):
+    """The decoder's climb leaves the encoder no gradient, and the reverse; its own is the same."""
+    objective = whole(replace(MISS, p_step=p_step, imputations=2))
+    both, _ = _ascended(objective, upper=upper)
+    alone, _ = _ascended(objective, climb=climb, upper=upper)
+
+    assert alone.keys() == {name for name in both if name.startswith(parts)}
+    assert all(gradient.abs().max() > 1e-5 for gradient in alone.values())
+    assert_agree(alone, {name: both[name] for name in alone})
+
+
+SAMPLED = {
+    "miss-iwem": MISS,
+    "miss-iwem-woa, two imputations": replace(OBJECTIVES["miss-iwem-woa"], imputations=2),
+    "iwem": OBJECTIVES["iwem"],
+}
+
+
+@pytest.mark.parametrize("objective", SAMPLED.values(), ids=SAMPLED.keys())
+def test_sampled_pixels_change_no_mean(objective: Objective):
+    """Keeping log p(x_m | z) of a draw leaves θ's mean gradient, adds variance, and spares φ."""
+    pairs: list[Tensor] = []
+    for seed in range(150):
+        marginal, _ = _ascended(objective, noise=Noise(seed))
+        sampled, _ = _ascended(replace(objective, m_step="sampled"), noise=Noise(seed))
+        assert_agree(_of("encoder", sampled), _of("encoder", marginal))
+        pairs.append(torch.stack([_flat(_of("decoder", g)) for g in (marginal, sampled)]))
+    without, kept = torch.stack(pairs, 1)
+
+    assert standard_errors(kept - without, 0.0).abs().max() < 4.5
+    assert kept.var(0).sum() > 1.1 * without.var(0).sum()
+
+
+@pytest.mark.parametrize(("name", "share"), [("miss-iwem", 0.3), ("miss-iwem-woa", 1.0)])
+def test_the_sampled_pixels_term_is_weighted_as_q_hat(name: str, share: float):
+    """What is added is ∇θ of α Σ w̃ log p(x_m | z) with x_m ~ p(x_m | z), by torch's Bernoulli."""
+    objective, images, model = whole(OBJECTIVES[name]), some_incomplete(), small_model()
+    drawn = _particles(model, objective)
+    pixels = Bernoulli(logits=model.decoder(drawn.latents.detach()))
+    uniforms = NOISE.at("missing").uniform(42, 1, 1, 3, 3, like=pixels.probs).view(6, 7, 1, 3, 3)
+    log_p = pixels.log_prob((uniforms < pixels.probs).double()) * ~images.observed[:, None]
+    w = drawn.log_weights.detach().softmax(-1)
+    direct = _gradients(share * (w * log_p.sum((2, 3, 4))).sum(-1).mean(), model, "decoder")
+
+    sampled, _ = _ascended(replace(objective, m_step="sampled"))
+    marginal, _ = _ascended(objective)
+
+    added = {n: sampled[n] - marginal[n] for n in direct}
+    assert all(gradient.abs().max() > 1e-3 for gradient in added.values())
+    assert_agree(added, direct)
+
+
+def test_with_nothing_missing_there_is_nothing_to_sample():
+    """Of complete images both M-steps are one."""
+    images = Incomplete.complete(some_incomplete().values)
+    marginal, _ = _ascended(MISS, images=images)
+    sampled, _ = _ascended(replace(MISS, m_step="sampled"), images=images)
+
+    assert_agree(sampled, marginal)
+
+
+REFINED = {
+    "miss-iwem, one layer": (MISS, 0),
+    "miss-iwem, three imputations": (replace(MISS, imputations=3), 0),
+    "miss-iwem, two layers": (MISS, 3),
+    "iwae, one layer": (OBJECTIVES["iwae"], 0),
+    "iwae, two layers": (OBJECTIVES["iwae"], 3),
+    "wake, one layer": (replace(MISS, p_step="wake"), 0),
+}
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize(("objective", "upper"), REFINED.values(), ids=REFINED.keys())
+def test_refined_proposals_are_climbed(objective: Objective, upper: int, through: bool):  # noqa: FBT001
+    """With refinement, stopped or through, the steps of the optimiser move all of θ and φ."""
+    objective = replace(objective, svi=Refinement(steps=2, through=through))
+    moved: Gradients = {}
+    for climb in objective.climbs:
+        moved |= _ascended(objective, climb=climb, upper=upper)[0]
+
+    assert moved.keys() == {name for name, _ in small_model(upper=upper).named_parameters()}
+    assert all(g.isfinite().all() and g.abs().max() > 1e-6 for g in moved.values())
+
+
+@pytest.mark.parametrize(("objective", "upper"), REFINED.values(), ids=REFINED.keys())
+def test_the_decoder_takes_refined_particles_as_they_are(objective: Objective, upper: int):
+    """θ's gradient is that of log p(x, z_k), with z_k constant, stopped or through."""
+    gradients = [
+        _ascended(
+            whole(objective, svi=Refinement(steps=2, through=through)),
+            climb="decoder",
+            upper=upper,
+        )[0]
+        for through in (False, True)
+    ]
+    plain, _ = _ascended(whole(objective), climb="decoder", upper=upper)
+
+    assert (_flat(plain) - _flat(gradients[0])).abs().max() > 1e-3
+    assert_agree(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize(("objective", "upper"), REFINED.values(), ids=REFINED.keys())
+def test_the_encoder_learns_through_the_refinement(objective: Objective, upper: int):
+    """φ's gradient through the steps is that of the surrogate by plain autograd."""
+    objective = whole(objective, svi=Refinement(steps=2, through=True))
+    model = small_model(upper=upper)
+    surrogate = objective.surrogate(_particles(model, objective), alpha=0.3)
+    plain = _gradients(surrogate.encoder, model, PHI)
+
+    assert_agree(
+        {n: g for n, g in _ascended(objective, upper=upper)[0].items() if n in plain}, plain
+    )
+
+
+@pytest.mark.parametrize(("objective", "upper"), REFINED.values(), ids=REFINED.keys())
+def test_the_encoder_learns_where_a_stopped_refinement_begins(objective: Objective, upper: int):
+    """Where the steps are held constant φ climbs as if there were none."""
+    stopped = whole(objective, svi=Refinement(steps=2, through=False))
+    refined, _ = _ascended(stopped, climb="encoder", upper=upper)
+    plain, _ = _ascended(whole(objective), climb="encoder", upper=upper)
+
+    assert_agree(refined, plain)
+
+
+@pytest.mark.parametrize("objective", ROWS.values(), ids=ROWS.keys())
+def test_a_step_knows_the_variance_of_its_estimates(objective: Objective):
+    """That of the ELBO is Var(log w)/K; that of Q̂ is Σ w̃² (log p − Q̂)², image by image."""
+    drawn = _particles(small_model(), objective)
+    _, climbed = _ascended(objective)
+    of_elbo, of_q_hat = 0.0, 0.0
+    for log_w, log_p in zip(drawn.log_weights.tolist(), drawn.log_joint.tolist(), strict=True):
+        mean = sum(log_w) / 7
+        of_elbo += sum((v - mean) ** 2 for v in log_w) / 7 / 7 / 6
+        w = [math.exp(v) / sum(map(math.exp, log_w)) for v in log_w]
+        q_hat = sum(a * b for a, b in zip(w, log_p, strict=True))
+        of_q_hat += sum((a * (b - q_hat)) ** 2 for a, b in zip(w, log_p, strict=True)) / 6
+
+    assert climbed.elbo_variance.item() == pytest.approx(of_elbo, rel=1e-10)
+    assert climbed.q_hat_variance.item() == pytest.approx(of_q_hat, rel=1e-10)

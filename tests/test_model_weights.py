@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, genpareto
 from torch import Tensor
@@ -15,12 +15,14 @@ from model.weights import (
     RELIABLE_PARETO_K,
     Mean,
     Slots,
+    Thinned,
     WeightSums,
     effective_sample_size,
     log_mean_exp,
     normalise,
     pareto_k,
     resample,
+    thin,
 )
 
 assert_agree = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -242,3 +244,115 @@ def test_a_dominant_weight_is_not_reliable():
     log_w = 30 * Noise(3).normal(8, 1000, like=torch.zeros((), dtype=torch.float64))
 
     assert (_sums(log_w).pareto_k > RELIABLE_PARETO_K).all()
+
+
+# Thinning.
+
+DENORMAL = 2.0**-1074
+GRID = 97
+"""Uniforms at even distances: of an arc of the circle they hit its share, up to one of them."""
+
+SIZES: dict[str, list[float]] = {
+    "various": [0.3, 0.05, 0.6, 0.01, 0.2, 0.04],
+    "equal": [0.1] * 8,
+    "equal to one": [1.0] * 8,
+    "with zeros": [0.0, 0.3, 0.0, 0.0, 0.05, 0.2, 0.0],
+    "two of them, above one": [1.2, 0.8],
+    "all above one": [5.0, 7.0, 30.0, 4.0, 2.0, 9.0],
+    "one dominant": [1e-3, 1e9, 2e-3, 3e-3, 1e-3],
+    "one alone": [0.0, 0.0, 0.4, 0.0],
+    "each a tenth of the last": [10.0**-k for k in range(12)],
+    "tiny": [1e-300, 3e-300, 0.0, 2e-300, 1e-300],
+    "tiny beside large": [1e-300, 0.5, 0.2, 1e-300, 0.4],
+    "denormal": [DENORMAL, 0.0, 3 * DENORMAL, DENORMAL, 2 * DENORMAL, DENORMAL],
+}
+
+
+def _thinned(sizes: Tensor, count: int, *, grid: int = GRID) -> list[Thinned]:
+    """The rows for every uniform number of the grid."""
+    places = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    return [thin(sizes, count, place[None]) for place in places]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_thinned_rows_stand_for_all(sizes: list[float], count: int):
+    """The mean of Σ scale·f over uniform numbers is Σ f for any f of the sizes' magnitude.
+
+    It is so row by row, with f a multiple of the row's size, up to what one number of the grid
+    brings: scale·size, which is at most the sizes' mean over the count.
+    """
+    size = torch.tensor(sizes, dtype=torch.float64)
+    f = size / size.max()
+    total = torch.zeros_like(f)
+    for rows in _thinned(size, count):
+        total.index_add_(0, rows.index, rows.scale * f[rows.index] / GRID)
+
+    assert (total - f).abs().max() <= f.sum() / count / GRID + 1e-12
+
+
+@pytest.mark.parametrize("count", [8, 9, 1000])
+def test_nothing_is_thinned_where_there_is_room_for_all(count: int):
+    """With as many rows as there are, each is there once, in order and for itself alone."""
+    size = torch.tensor([0.3, 0.0, 1e-300, 7.0, 0.0, 0.2, 1e9, 0.1], dtype=torch.float64)
+    rows = thin(size, count, torch.tensor([0.3]))
+
+    assert rows.index.tolist() == list(range(8))
+    assert rows.scale.tolist() == [1.0] * 8
+
+
+CERTAIN: dict[str, tuple[list[float], int, set[int]]] = {
+    "one": ([1.0, 1.0, 100.0, 1.0, 1.0], 2, {2}),
+    "a second once the first is set apart": ([1.0, 10.0, 1.0, 100.0, 1.0, 1.0], 3, {1, 3}),
+    "one after another": ([4.0**k for k in range(9)], 5, {5, 6, 7, 8}),
+    "all that are there": ([0.0, 3.0, 0.0, 2.0, 0.0], 2, {1, 3}),
+}
+
+
+@pytest.mark.parametrize("unit", [2.0**-900, 2.0**-20, 1.0, 2.0**20])
+@pytest.mark.parametrize(("sizes", "count", "certain"), CERTAIN.values(), ids=CERTAIN.keys())
+def test_rows_that_are_certain_are_always_there(
+    sizes: list[float], count: int, certain: set[int], unit: float
+):
+    """A row whose share of the count is one or more stands for itself, once, in any unit."""
+    for rows in _thinned(unit * torch.tensor(sizes, dtype=torch.float64), count, grid=17):
+        picked = dict(zip(rows.index.tolist(), rows.scale.tolist(), strict=True))
+
+        assert len(picked) == count
+        assert [picked.get(row) for row in certain] == pytest.approx([1.0] * len(certain))
+
+
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(0, 1e30)), min_size=2, max_size=20),
+    st.integers(1, 19),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_there_are_so_many_rows_as_were_asked_for(sizes: list[float], count: int, uniform: float):
+    """They are exactly `count`, have a size, and stand for a finite number of rows each."""
+    assume(any(sizes) and count < len(sizes))
+    size = torch.tensor(sizes, dtype=torch.float64)
+    rows = thin(size, count, torch.tensor([uniform], dtype=torch.float64))
+
+    assert len(rows.index) == len(rows.scale) == count
+    assert (size[rows.index] > 0).all()
+    assert (rows.scale.isfinite() & (rows.scale > 0)).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24, 1 - 2**-53])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_a_row_of_no_size_is_never_picked(sizes: list[float], uniform: float):
+    """Not even by the smallest and largest numbers below one, first or last as it may be."""
+    size = torch.tensor([0.0, *sizes, 0.0, 0.0], dtype=torch.float64)
+    rows = thin(size, 3, torch.tensor([uniform], dtype=torch.float64))
+
+    assert (size[rows.index] > 0).all()
+    assert rows.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_rows_that_are_all_nothing_stand_for_nothing(count: int):
+    """Where every size is zero so is every f, and 0·scale is zero, never NaN."""
+    rows = thin(torch.zeros(7, dtype=torch.float64), count, torch.tensor([0.3]))
+
+    assert len(rows.index) == count
+    assert (0.0 * rows.scale == 0).all()

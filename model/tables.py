@@ -1,0 +1,219 @@
+"""The tables of Kim, Hwang and Kim (2020): what each cell trains, and what came of it.
+
+A row is a recipe of `model/recipes`, a column changes its objective, and a schedule says for how
+long. What a cell gave is its checkpoint's card, kept as JSON, from which the page of results is
+written.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.recipe import Recipe, read_recipe
+
+__all__ = ["SCHEDULES", "TABLES", "Cell", "Table", "cells", "page"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the slides' numbers, and columns with what they change in a row's recipe."""
+
+    title: str
+    rows: Mapping[str, Sequence[float | None]]
+    """A number for each column, in nats; None where the slides have none."""
+    columns: Mapping[str, Mapping[str, Any]]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+MIXTURE = {"objective": "miss-iwem", "imputations": 10, "p_step": "wake"}
+
+TABLES: dict[str, Table] = {
+    "complete": Table(
+        title="Complete training images",
+        rows={
+            "static-mnist-mlp": (-88.21, -87.68, -87.11, -87.00, None),
+            "dynamic-mnist-mlp": (-85.31, -84.30, -84.16, -84.10, None),
+            "omniglot-mlp": (-108.46, -106.80, -106.38, -106.50, None),
+            "caltech101-mlp": (-119.67, -118.06, -116.54, -116.92, None),
+            "static-mnist-cnn": (-84.63, -83.54, -83.77, -83.32, None),
+            "dynamic-mnist-cnn": (-84.08, -81.56, -81.28, -81.07, None),
+            "omniglot-cnn": (-101.63, -100.27, -100.39, -100.15, None),
+            "caltech101-cnn": (-109.24, -106.94, -106.05, -106.19, None),
+        },
+        columns={
+            "vae": {"objective": "vae"},
+            "iwae": {"objective": "iwae"},
+            "iwem-woa": {"objective": "iwem-woa"},
+            "iwem": {"objective": "iwem"},
+            "iwem-dreg": {"objective": "iwem", "p_step": "dreg"},
+        },
+        notes={
+            "omniglot-mlp": "drawn from the strokes, not the slides' copy of OMNIGLOT",
+            "omniglot-cnn": "drawn from the strokes, not the slides' copy of OMNIGLOT",
+        },
+    ),
+    "missing": Table(
+        title="Training images that lack patches, static MNIST",
+        rows={
+            f"patches-{n}{protocol}": (*numbers, None)
+            for protocol in ("", "-redraw")
+            for n, numbers in {
+                6: (-102.26, -97.66, -95.18),
+                3: (-90.29, -89.79, -89.71),
+                4: (-92.07, -90.97, -90.76),
+                5: (-95.54, -93.33, -92.23),
+            }.items()
+        },
+        columns={
+            "miss-iwae": {"objective": "miss-iwae"},
+            "miss-iwem-woa": {"objective": "miss-iwem-woa"},
+            "miss-iwem": {"objective": "miss-iwem"},
+            "miss-iwem-mixture": MIXTURE,
+        },
+    ),
+}
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "slides": {},
+    "short": {
+        "epochs": 60,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "anneal_epochs": 10,
+        "patience": 60,
+        "precision": "medium",
+    },
+}
+"""How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
+that two processor cores finish in less than an hour a cell."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a table."""
+
+    table: str
+    row: str
+    column: str
+    schedule: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """It as one word, which is the name of its folder and of its result."""
+        return f"{self.row}.{self.column}.{self.schedule}.{self.seed}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is changed in the row's recipe."""
+        column = TABLES[self.table].columns[self.column]
+        return {**SCHEDULES[self.schedule], **column, "seed": self.seed}
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+        return read_recipe(self.row, **self.changes)
+
+    @property
+    def words(self) -> list[str]:
+        """What is trained, as words of `miss-iwem train`."""
+        said = self.changes.items()
+        return [self.row, *(f"--{name.replace('_', '-')}={value}" for name, value in said)]
+
+
+def cells(
+    table: str, *, schedule: str = "short", seeds: int = 1, only: Sequence[str] = ()
+) -> Iterator[Cell]:
+    """A table's cells in the order of its rows, of those whose names contain one of the words."""
+    for seed in range(seeds):
+        for row in TABLES[table].rows:
+            for column in TABLES[table].columns:
+                cell = Cell(table, row, column, schedule, seed)
+                if not only or any(word in cell.name for word in only):
+                    yield cell
+
+
+def page(folder: Path) -> str:
+    """The page of results, made from the cards in a folder."""
+    parts = [INTRODUCTION]
+    for name, table in TABLES.items():
+        cards = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        parts += [f"## {table.title}\n", f"`miss-iwem reproduce {name}`\n", HEAD]
+        for row, numbers in table.rows.items():
+            for column, number in zip(table.columns, numbers, strict=True):
+                ours = [c for stem, c in cards.items() if stem.startswith(f"{row}.{column}.")]
+                parts.append(_line(row, column, number, table.notes.get(row, ""), ours))
+        parts.append("")
+    return "\n".join(parts)
+
+
+INTRODUCTION = """# The tables of the slides, reproduced
+
+Test log p(x) of complete images in nats, the mean over the test set; higher is better.
+`raw` is by the model's own encoder, as in the slides; `tight` by an encoder that was refitted on
+the test images while the decoder stayed as it was, which tells a loose bound from a bad model.
+± is the standard error over images; ESS is the median effective sample size.
+The slides' numbers are those of Kim, Hwang and Kim (2020); the order of their columns IWEM and
+IWEM-woa for complete images is uncertain.
+`miss-iwem-mixture` and `iwem-dreg` are rows of our own: miss-IWEM whose proposal is a mixture over
+10 imputations and whose P-step is that of wake-sleep, and IWEM with the DReG P-step.
+
+Written by `miss-iwem reproduce` from the cards in `docs/results/`; do not edit.
+"""
+COLUMNS = (
+    "row",
+    "objective",
+    "raw",
+    "tight",
+    "slides",
+    "ESS raw, tight",
+    "K test",
+    "seeds",
+    "spread",
+    "K train",
+    "epochs, best",
+    "seconds",
+    "device",
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
+
+
+def _line(
+    row: str, column: str, number: float | None, note: str, cards: Sequence[dict[str, Any]]
+) -> str:
+    slides = "" if number is None else f"{number:.2f}"
+    name = f"`{row}`{f' ({note})' if note else ''}"
+    if not cards:
+        return f"| {name} | {column} | not run | | {slides} | | | | | | | | |"
+    first, training = cards[0], [card["training"] for card in cards]
+    raw, tight = ([card["results"][score] for card in cards] for score in ("raw", "tight"))
+    epochs = ", ".join(_distinct(f"{t['epochs']}, {t['best_epoch'] + 1}" for t in training))
+    columns = (
+        name,
+        column,
+        _score(raw),
+        _score(tight),
+        slides,
+        f"{raw[0]['median_effective_sample_size']}, {tight[0]['median_effective_sample_size']}",
+        str(raw[0]["particles"]),
+        str(len(cards)),
+        f"{statistics.stdev(r['mean'] for r in raw):.2f}" if len(cards) > 1 else "",
+        str(first["recipe"]["particles"]),
+        epochs,
+        str(round(statistics.mean(t["seconds"] for t in training))),
+        ", ".join(_distinct(t["device"] for t in training)),
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def _score(results: Sequence[dict[str, Any]]) -> str:
+    mean = statistics.mean(r["mean"] for r in results)
+    error = statistics.mean(r["standard_error"] for r in results)
+    return f"{mean:.2f} ± {error:.2f}"
+
+
+def _distinct(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
