@@ -37,7 +37,7 @@ T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
 REFIT_EPOCHS, BATCH = 20, 100
 """How often the images pass by an encoder that is refitted, and so many of them in a step."""
-CHUNK = 10
+CHUNK = 16
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
 
 

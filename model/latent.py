@@ -170,15 +170,18 @@ class LatentVariableModel(nn.Module):
         return self.encode(images.values[:, None])
 
     def two_pass(
-        self, images: Incomplete, noise: Source, *, imputations: int
+        self, images: Incomplete, noise: Source, *, imputations: int, first: bool = False
     ) -> GaussianMixture | Stacked:
         """q(z | (x_o, x̆_m)) with x̆_m ~ p(x_m | z̆), z̆ ~ q(z | (x_o, 0)): that of miss-IWEM.
 
-        With several imputations it is the mixture over them.
+        With several imputations it is the mixture over them, and with `first` q(z | (x_o, 0)) is
+        one more component of it.
         """
         with torch.no_grad():
             latents = self.zero_filled(images).draw(imputations, noise.at("first"))
             fillings = self.impute(images, latents, noise.at("filling"))
+        if first:
+            fillings = torch.cat([images.values[:, None], fillings], 1)
         return self.encode(fillings)
 
     def adapted(

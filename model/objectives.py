@@ -128,6 +128,8 @@ class Objective:
     """Whether the encoder sees (x_o, x̆_m) rather than (x_o, 0)."""
     imputations: int = 1
     """Fillings of each image's holes that the encoder sees in two passes."""
+    first_pass: bool = False
+    """Whether q(z | (x_o, 0)) is one more component of that proposal."""
     p_step: str = "slides"
     p_samples: str = "shared"
     """Whether the P-step has the M-step's particles (shared), or draws its own of the new θ."""
@@ -167,7 +169,7 @@ class Objective:
     ) -> Proposal:
         """Where the particles come from."""
         proposal = (
-            model.two_pass(images, noise, imputations=self.imputations)
+            model.two_pass(images, noise, imputations=self.imputations, first=self.first_pass)
             if self.two_pass
             else model.zero_filled(images)
         )

@@ -29,26 +29,25 @@ def bernoulli_sums(
 ) -> tuple[Tensor, ...]:
     """⟨x_o, l⟩ − Σ_o softplus(l) and, if asked for, Σ_m (σ(l)·l − softplus(l)), a row a particle.
 
-    With r = σ(|l|), which is between a half and one, softplus(l) = max(l, 0) − log r, and a sum
-    of such logarithms is the logarithm of a product.
+    With e = exp(−|l|), softplus(l) = max(l, 0) + log(1 + e), and a sum of such logarithms is the
+    logarithm of a product of numbers between one and two.
     """
     x, here = seen[:, None], observed[:, None]
     decay = (-logits.abs()).exp()
-    r = 1 / (1 + decay)
-    positive = logits.clamp(min=0)
-    density = (x * logits - here * positive).sum(-1) + _sum_of_logs(r, here > 0)
+    factors, positive = 1 + decay, logits.clamp(min=0)
+    density = (x * logits - here * positive).sum(-1) - _sum_of_logs(factors, here > 0)
     if not missing:
         return (density,)
-    mean = torch.where(logits >= 0, r, decay * r)
-    expected = ((1 - here) * (mean * logits - positive)).sum(-1) + _sum_of_logs(r, here <= 0)
-    return density, expected
+    mean = torch.where(logits >= 0, 1.0, decay) / factors
+    expected = ((1 - here) * (mean * logits - positive)).sum(-1)
+    return density, expected - _sum_of_logs(factors, here <= 0)
 
 
 @typing.no_type_check
 def _sum_of_logs(factors: Tensor, where: Tensor) -> Tensor:
-    """The sum of some logarithms by products of at most 100, which in single precision fit."""
+    """The sum of some logarithms by products of at most 120, which in single precision fit."""
     kept = torch.where(where, factors, 1.0)
-    size = max(d for d in range(1, 101) if factors.shape[-1] % d == 0)
+    size = max(d for d in range(1, 121) if factors.shape[-1] % d == 0)
     return kept.unflatten(-1, (-1, size)).prod(-1).log().sum(-1)
 
 

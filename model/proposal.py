@@ -95,6 +95,8 @@ class GaussianMixture:
 
     def log_density(self, latents: Latents) -> PerParticle:
         """The log-density of the whole mixture."""
+        if self.mean.shape[1] == 1:
+            return _log_normal(latents, self.mean, self.log_std)
         # The square is multiplied out, so that it is a product of matrices and not a tensor of
         # particles times components times latents; in float64, where nothing cancels.
         z, mean, log_std = latents.double(), self.mean.double(), self.log_std.double()
@@ -237,7 +239,7 @@ class Stacked:
         return functional_call(self.network, weights, (z1,))
 
 
-def _log_normal(z: Latents, mean: Latents, log_std: Latents) -> PerParticle:
+def _log_normal(z: Latents, mean: Tensor, log_std: Tensor) -> PerParticle:
     standard = (z - mean) * (-log_std).exp()
     constant = 0.5 * math.log(2 * math.pi) * z.shape[-1]
     return -0.5 * standard.square().sum(-1) - log_std.sum(-1) - constant

@@ -67,6 +67,8 @@ class Recipe:
     """The share of the particles, drawn by their weights, through which gradients flow."""
     imputations: int = 1
     """Fillings of each image's holes that the encoder sees in an objective of two passes."""
+    first_pass: bool = False
+    """Whether the proposal of the zero-filled image is one more component of theirs."""
     svi_steps: int = 0
     """Gradient steps on each image's own proposal before the particles are drawn."""
     svi_rate: float = 0.1
@@ -126,6 +128,7 @@ class Recipe:
             p_samples=self.p_samples,
             m_step=self.m_step,
             imputations=self.imputations,
+            first_pass=self.first_pass,
             svi=svi if self.svi_steps else None,
             way_back=self.way_back,
         )
@@ -143,10 +146,10 @@ class Recipe:
             raise RecipeError(f"Expected a weight_decay of at least 0; got {self.weight_decay}.")
         if not 0 < self.way_back <= 1:
             raise RecipeError(f"Expected a way_back within (0, 1]; got {self.way_back}.")
-        if self.p_step == "dreg" and self.imputations > 1:
+        if self.p_step == "dreg" and self.imputations + self.first_pass > 1:
             raise RecipeError(
-                "Expected one imputation with p_step dreg, whose gradient needs independent "
-                f"particles; got {self.imputations}."
+                "Expected one imputation and no first_pass with p_step dreg, whose gradient "
+                f"needs independent particles; got {self.imputations}, {self.first_pass}."
             )
 
 

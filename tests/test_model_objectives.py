@@ -346,16 +346,8 @@ def _ascended(
     images: Incomplete | None = None,
 ) -> tuple[Gradients, Climbed]:
     """The gradients of those parameters that `ascend` gives one, and what it returns."""
-    model = small_model(upper=upper)
-    climbed = ascend(
-        objective,
-        model,
-        some_incomplete() if images is None else images,
-        noise,
-        particles=7,
-        alpha=0.3,
-        climb=climb,
-    )
+    model, images = small_model(upper=upper), images or some_incomplete()
+    climbed = ascend(objective, model, images, noise, particles=7, alpha=0.3, climb=climb)
     found = {n: p.grad.neg() for n, p in model.named_parameters() if p.grad is not None}
     return found, climbed
 
@@ -387,18 +379,21 @@ def test_fewer_particles_on_the_way_back_change_no_mean(
 ):
     """Over which particles go back the gradients' mean is that of all; the numbers are as ever."""
     exact, all_back = _ascended(whole(objective), climb=climb, upper=upper)
-    sample: list[Tensor] = []
-    for seed in range(80):
+    images, sample = some_incomplete(), list[Tensor]()
+    for seed in range(48):
         noise = Split(NOISE, "way back", Noise(seed))
-        gradients, climbed = _ascended(objective, noise=noise, climb=climb, upper=upper)
-        sample.append(_flat(gradients))
+        gradients, climbed = _ascended(
+            objective, noise=noise, climb=climb, upper=upper, images=images
+        )
+        assert gradients.keys() == exact.keys()
         assert climbed == all_back
-    thinned = torch.stack(sample)
+        sample.append(_flat(gradients))
+    thinned, expected = torch.stack(sample), _flat(exact)
     random = thinned.std(0) > 1e-9
 
-    assert gradients.keys() == exact.keys()
-    assert_agree(thinned[0, ~random], _flat(exact)[~random])
-    assert standard_errors(thinned[:, random], _flat(exact)[random]).abs().max() < 4.5
+    assert random.any() or (objective.p_step, climb) == ("wake", "encoder")
+    assert_agree(thinned[0, ~random], expected[~random])
+    assert standard_errors(thinned[:, random], expected[random]).abs().max() < 4.5
 
 
 @pytest.mark.parametrize("name", ["vae", "miss-iwem"])
@@ -408,7 +403,7 @@ def test_fewer_particles_on_the_way_back_are_of_use(name: str):
 
     def error(share: float) -> float:
         objective = replace(OBJECTIVES[name], way_back=share)
-        noises = [Split(NOISE, "way back", Noise(seed)) for seed in range(30)]
+        noises = [Split(NOISE, "way back", Noise(seed)) for seed in range(15)]
         found = [_flat(_ascended(objective, noise=noise)[0]) for noise in noises]
         return (torch.stack(found) - exact).square().mean().item()
 
@@ -442,6 +437,28 @@ def test_each_climb_is_its_half_of_both(
     assert_agree(alone, {name: both[name] for name in alone})
 
 
+def test_dreg_has_the_mean_gradient_of_iwae_with_two_layers():
+    """The networks of the upper layer too are held constant in the proposal, not in the draws."""
+    images, pairs = copies(some_incomplete(1), 100), list[Tensor]()
+    for seed in range(60):
+        by_each = [
+            _ascended(
+                whole(replace(MISS, p_step=p_step)),
+                noise=Noise(seed),
+                climb="encoder",
+                upper=3,
+                images=images,
+            )[0]
+            for p_step in ("dreg", "iwae")
+        ]
+        pairs.append(torch.stack([_flat(gradients) for gradients in by_each]))
+    by_dreg, by_iwae = torch.stack(pairs, 1)
+
+    assert standard_errors(by_iwae, 0.0).abs().max() > 5
+    assert standard_errors(by_dreg - by_iwae, 0.0).abs().max() < 4.5
+    assert by_dreg.var(0).sum() < by_iwae.var(0).sum()
+
+
 SAMPLED = {
     "miss-iwem": MISS,
     "miss-iwem-woa, two imputations": replace(OBJECTIVES["miss-iwem-woa"], imputations=2),
@@ -451,17 +468,21 @@ SAMPLED = {
 
 @pytest.mark.parametrize("objective", SAMPLED.values(), ids=SAMPLED.keys())
 def test_sampled_pixels_change_no_mean(objective: Objective):
-    """Keeping log p(x_m | z) of a draw leaves θ's mean gradient, adds variance, and spares φ."""
-    pairs: list[Tensor] = []
-    for seed in range(150):
-        marginal, _ = _ascended(objective, noise=Noise(seed))
-        sampled, _ = _ascended(replace(objective, m_step="sampled"), noise=Noise(seed))
-        assert_agree(_of("encoder", sampled), _of("encoder", marginal))
-        pairs.append(torch.stack([_flat(_of("decoder", g)) for g in (marginal, sampled)]))
-    without, kept = torch.stack(pairs, 1)
+    """Keeping log p(x_m | z) of a draw adds only variance to θ's gradient, and nothing to φ's.
 
-    assert standard_errors(kept - without, 0.0).abs().max() < 4.5
-    assert kept.var(0).sum() > 1.1 * without.var(0).sum()
+    Its mean is zero whatever the particles, so that it does not covary with what they give.
+    """
+    marginal, _ = _ascended(objective)
+    images, sample = some_incomplete(), list[Tensor]()
+    for seed in range(80):
+        noise = Split(NOISE, "missing", Noise(seed))
+        sampled, _ = _ascended(replace(objective, m_step="sampled"), noise=noise, images=images)
+        assert_agree(_of("encoder", sampled), _of("encoder", marginal))
+        sample.append(_flat(_of("decoder", sampled)))
+    drawn = torch.stack(sample)
+
+    assert drawn.std(0).min() > 1e-5
+    assert standard_errors(drawn, _flat(_of("decoder", marginal))).abs().max() < 4.5
 
 
 @pytest.mark.parametrize(("name", "share"), [("miss-iwem", 0.3), ("miss-iwem-woa", 1.0)])
