@@ -52,15 +52,22 @@ class Particles:
     expected_log_missing: PerParticle | None = None
     """E log p(x_m | z) under p(x_m | z), without gradient; None where nobody asked for it."""
 
+    warmth: float = 1.0
+    """The part of log p(z) and log q(z) that counts, which early in training may be less."""
+
     @property
     def log_joint(self) -> PerParticle:
         """The logarithm of p(x_o, z)."""
-        return self.log_likelihood + self.log_prior
+        return self.log_likelihood + self.warmth * self.log_prior
 
     @property
     def log_weights(self) -> PerParticle:
         """The logarithm of w = p(x_o, z) / q(z)."""
-        return self.log_joint - self.proposal.log_density(self.latents)
+        return self.log_weights_under(self.proposal)
+
+    def log_weights_under(self, proposal: Proposal) -> PerParticle:
+        """The logarithm of w with the density of a proposal that is perhaps held constant."""
+        return self.log_joint - self.warmth * proposal.log_density(self.latents)
 
 
 @dataclass(frozen=True, kw_only=True)

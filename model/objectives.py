@@ -23,7 +23,7 @@ every `detach` stands in this file.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -67,7 +67,7 @@ def elbo(particles: Particles) -> Float[Tensor, " batch"]:
 
 def elbo_analytic(particles: Particles) -> Float[Tensor, " batch"]:
     """E_q[log p(x_o | z)] − KL(q ‖ p) with the divergence in closed form."""
-    return particles.log_likelihood.mean(-1) - particles.proposal.divergence()
+    return particles.log_likelihood.mean(-1) - particles.warmth * particles.proposal.divergence()
 
 
 def iwae(particles: Particles) -> Float[Tensor, " batch"]:
@@ -94,7 +94,7 @@ def doubly_reparameterised(particles: Particles) -> Float[Tensor, " batch"]:
     so depend on each other: with several imputations it is off by a little.
     """
     w = normalise(particles.log_weights).detach()
-    log_w = particles.log_joint - particles.proposal.detach().log_density(particles.latents)
+    log_w = particles.log_weights_under(particles.proposal.detach())
     return (w.square() * log_w).sum(-1)
 
 
@@ -214,10 +214,13 @@ def ascend(
     *,
     particles: int,
     alpha: float = 1.0,
+    warmth: float = 1.0,
     climb: str = "both",
 ) -> Climbed:
     """Adds the gradients of minus the objective to the model's parameters.
 
+    With a `warmth` below one the latents cost less than log q(z) − log p(z) (Sønderby et al.,
+    "Ladder variational autoencoders", 2016).
     `climb` says to whose: decoder is θ, encoder is φ, both is the two from the same particles.
     Both scalars depend on the decoder through log p(x_o | z_k) alone, and linearly up to first
     order, so that one pass back through the decoder serves θ and φ: it is weighted for θ,
@@ -228,7 +231,7 @@ def ascend(
     """
     proposal = objective.proposal(model, images, noise.at("proposal"), climb=climb)
     latents = proposal.draw(particles, noise.at("particles"))
-    drawn = _decoded(model, images, proposal, latents)
+    drawn = replace(_decoded(model, images, proposal, latents), warmth=warmth)
     surrogate = objective.surrogate(drawn, alpha=alpha)
     for_decoder = _gradient(surrogate.decoder, drawn.log_likelihood)
     for_encoder = _gradient(surrogate.encoder, drawn.log_likelihood)
@@ -253,7 +256,8 @@ def ascend(
             _for_rows(-for_missing, picked), inputs=list(model.decoder.parameters())
         )
     if climb != "encoder" and (of_prior := list(model.prior_parameters())):
-        surrogate.decoder.neg().backward(inputs=of_prior, retain_graph=True)
+        for_prior = _gradient(surrogate.decoder, drawn.log_prior)
+        model.prior.log_density(latents.detach()).backward(-for_prior, inputs=of_prior)
     if climb != "decoder":
         assert at.grad is not None
         ratio = torch.where(for_pass == 0, 0.0, for_encoder / for_pass)
@@ -308,6 +312,8 @@ def _decoded(
 
 
 def _gradient(scalar: Scalar, leaf: PerParticle) -> PerParticle:
+    if not scalar.requires_grad:  # the wake P-step, where the proposal is held constant
+        return torch.zeros_like(leaf)
     (gradient,) = torch.autograd.grad(
         scalar, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
     )

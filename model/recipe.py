@@ -88,6 +88,8 @@ class Recipe:
     """Of the learning rate: constant, or cosine: down to zero at the last epoch."""
     anneal_epochs: int = 100
     """Epochs in which an annealed objective moves from the ELBO to its own."""
+    warm_up_epochs: int = 0
+    """Epochs in which the cost of the latents, log q(z) − log p(z), grows from nothing to all."""
     patience: int = 50
     """Epochs without a better validation bound, after the annealing, that end the training."""
     precision: str = "highest"
@@ -173,6 +175,7 @@ LEAST = {
     "batch": 1,
     "epochs": 1,
     "anneal_epochs": 0,
+    "warm_up_epochs": 0,
     "patience": 1,
 }
 KINDS: Mapping[Any, str] = {

@@ -37,10 +37,15 @@ class Refinement:
         self, model: LatentVariableModel, images: Incomplete, proposal: Proposal, noise: Source
     ) -> Proposal:
         """The proposal after the steps."""
-        mixture = proposal.lower if self.through else proposal.lower.detach()
+        through = self.through and torch.is_grad_enabled()
+        mixture = proposal.lower if through else proposal.lower.detach()
         with torch.enable_grad():
             for index in range(self.steps):
-                mixture = self._stepped(model, images, proposal, mixture, noise.at("step", index))
+                here = mixture if through else mixture.leaf()
+                source = noise.at("step", index)
+                mixture = self._stepped(
+                    model, images, proposal.above(here), source, through=through
+                )
         return proposal.above(mixture)
 
     def _stepped(
@@ -48,18 +53,19 @@ class Refinement:
         model: LatentVariableModel,
         images: Incomplete,
         proposal: Proposal,
-        mixture: GaussianMixture,
         noise: Source,
+        *,
+        through: bool,
     ) -> GaussianMixture:
-        here = mixture if self.through else mixture.leaf()
-        moved = proposal.above(here)
-        latents = moved.draw(self.particles, noise)
-        elbo = model.particles(images, moved, latents).log_weights.mean(-1).sum()
+        here = proposal.lower
+        latents = proposal.draw(self.particles, noise)
+        elbo = model.particles(images, proposal, latents).log_weights.mean(-1).sum()
         to_mean, to_log_std = torch.autograd.grad(
-            elbo, [here.mean, here.log_std], create_graph=self.through
+            elbo, [here.mean, here.log_std], create_graph=through
         )
-        rate = self.rate * mixture.mean.shape[1]
-        return GaussianMixture(
-            mixture.mean + rate * (2 * mixture.log_std).exp() * to_mean,
-            mixture.log_std + rate * 0.5 * to_log_std,
+        rate = self.rate * here.mean.shape[1]
+        moved = GaussianMixture(
+            here.mean + rate * (2 * here.log_std).exp() * to_mean,
+            here.log_std + rate * 0.5 * to_log_std,
         )
+        return moved if through else moved.detach()

@@ -127,7 +127,9 @@ class Run:
     def finished(self) -> bool:
         """Whether all epochs are done, or validation has stopped improving."""
         done = self.state.validated
-        waited = done - max(self.state.best_epoch + 1, self.annealed_until)
+        waited = done - max(
+            self.state.best_epoch + 1, self.annealed_until, self.recipe.warm_up_epochs
+        )
         return done >= self.recipe.epochs or waited >= self.recipe.patience
 
     @property
@@ -185,6 +187,7 @@ class Run:
                 noise.at(climb),
                 particles=recipe.particles,
                 alpha=self.alpha(epoch),
+                warmth=self.warmth(epoch),
                 climb=climb,
             )
             state.optimizer.step()
@@ -213,6 +216,11 @@ class Run:
     def alpha(self, epoch: int) -> float:
         """The share of Q̂ in the M-step: from 0 to 1 over the first epochs."""
         return min(1.0, epoch / self.annealed_until) if self.annealed_until else 1.0
+
+    def warmth(self, epoch: int) -> float:
+        """The part of the latents' cost that counts: from nothing to all over the first epochs."""
+        until = self.recipe.warm_up_epochs
+        return min(1.0, (epoch + 1) / until) if until else 1.0
 
     @property
     def learning_rate(self) -> float:

@@ -177,20 +177,23 @@ def thin(sizes: Float[Tensor, " rows"], count: int, uniform: Float[Tensor, "1"])
     """
     if count >= len(sizes):
         return Thinned(torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes))
-    chance = sizes.double()
+    chance = exact = sizes.double()
+    certain = torch.zeros_like(sizes, dtype=torch.bool)
     for _ in range(CAPPING_ROUNDS):
+        free = torch.where(certain, 0.0, exact)
+        share = free / free.sum().clamp(min=TINY)
+        chance = torch.where(certain, 1.0, (count - certain.sum()) * share).clamp(max=1)
         certain = chance >= 1
-        free = torch.where(certain, 0.0, chance)
-        left = (count - certain.sum()) / free.sum().clamp(min=torch.finfo(free.dtype).tiny)
-        chance = torch.where(certain, 1.0, (free * left).clamp(max=1))
     cumulative = chance.cumsum(0)
     places = (torch.arange(count, device=sizes.device) + uniform.double()) / count
     index = torch.searchsorted(cumulative, places * cumulative[-1], right=True)
-    index = index.clamp(max=len(sizes) - 1)
-    return Thinned(index, (cumulative[-1] / (count * chance[index])).to(sizes))
+    last = (cumulative < cumulative[-1]).sum()  # of those with a chance
+    index = torch.minimum(index, last)
+    return Thinned(index, (cumulative[-1] / (count * chance[index].clamp(min=TINY))).to(sizes))
 
 
 CAPPING_ROUNDS = 8
+TINY = 1e-300
 
 
 def tail_length(particles: int) -> int:

@@ -23,6 +23,7 @@ def _case(pixels: int, *, like: Tensor = LIKE, scale: float = 3.0) -> tuple[Tens
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="There is no C++ compiler.")
+@pytest.mark.timeout(300)  # the first time on a machine that has other work
 def test_the_compiled_sums_are_those_of_the_function():
     """In float64 machine code agrees to 1e-10, of near logits and of far ones."""
     logits, seen, observed = _case(784)

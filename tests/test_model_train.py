@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from model import checkpoint, train
 from model import run as runs
 from model.data import DataError
 from model.likelihood import finish
-from model.objectives import OBJECTIVES, P_STEPS, Climbed
+from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective
 from model.recipe import (
     FIELDS,
     Recipe,
@@ -36,6 +37,7 @@ from model.recipe import (
     shipped,
     stored_recipe,
 )
+from model.refinement import Refinement
 from model.run import Diverged, Run
 from model.train import Interrupted, main
 
@@ -308,6 +310,88 @@ def test_state_of_the_first_version_is_gone_on_with(bars: str, tmp_path: Path) -
     assert _same(_train(folder, bars, resume=True), _train(tmp_path / "whole", bars))
 
 
+# Slices of work, and the ledger of them.
+
+
+def _slices(folder: Path) -> list[tuple[int, int]]:
+    """The steps from and to which each of those who worked on a run has brought it."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+    assert all(line.keys() >= {"device", "torch", "seconds"} for line in lines)
+    assert all(line["seconds"] >= 0 for line in lines)
+    return [(line["from_step"], line["to_step"]) for line in lines]
+
+
+def test_minutes_that_are_over(
+    bars: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They end with status 75 and a state that goes on to the bits of an undisturbed run."""
+    folder = tmp_path / "run"
+    words = ["--out", str(folder), "--device=cpu", "--minutes=0"]
+    status = main([*_words(bars), *words])
+    said = capsys.readouterr().err
+    again = main([*words, "--resume"])
+
+    assert (status, again) == (75, 75)
+    assert "Stopped after step 1. Go on with: miss-iwem train" in said
+    assert said.rstrip().endswith("--minutes=0 --resume")
+    assert _place(folder)["step"] == 2
+    assert _same(_train(folder, bars, resume=True), _train(tmp_path / "whole", bars))
+    assert _slices(folder) == [(0, 1), (1, 2), (2, 6)]
+
+
+def test_minutes_that_are_enough(bars: str, tmp_path: Path) -> None:
+    """A run that ends within them is a run that ended."""
+    folder = tmp_path / "run"
+
+    assert main([*_words(bars), "--out", str(folder), "--minutes=60"]) == 0
+    assert _same(folder, _train(tmp_path / "whole", bars))
+    assert _slices(folder) == [(0, 6)]
+
+
+def test_ledger_joins_what_was_interrupted(bars: str, tmp_path: Path) -> None:
+    """Each slice begins where the one before was saved, after a signal, a kill and the end."""
+    folder, step = tmp_path / "run", Run.step
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def interrupted(run: Run) -> None:
+            step(run)
+            if run.state.step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Run, "step", interrupted)
+        with pytest.raises(Interrupted, match="after step 2"):
+            _train(folder, bars)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _killed_in_step(monkeypatch, 3)  # after the epoch's end at step 3 was saved
+        with pytest.raises(Killed):
+            _train(folder, bars, resume=True)
+    for _ in range(2):
+        _train(folder, bars, resume=True)
+
+    assert _slices(folder) == [(0, 2), (2, 3), (3, 6)]
+
+
+def test_ledger_joins_where_it_was_not_written(bars: str, tmp_path: Path) -> None:
+    """A kill between the state and the ledger leaves no gap in the steps."""
+    folder, write = tmp_path / "run", runs._write  # pyright: ignore[reportPrivateUsage]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def killed(path: Path, text: str) -> None:
+            if path.name == "ledger.jsonl" and json.loads(text)["to_step"] > 0:
+                raise Killed
+            write(path, text)
+
+        monkeypatch.setattr(runs, "_write", killed)
+        with pytest.raises(Killed):
+            _train(folder, bars)
+    slices = _slices(_train(folder, bars, resume=True))
+
+    assert slices[0][0] == 0
+    assert slices[-1][1] == 6
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(slices))
+
+
 # Seeds and settings.
 
 
@@ -363,6 +447,76 @@ def test_metrics_are_those_of_the_steps(
     ]
     assert alphas == [0.0] * 3 + [0.5] * 3 + [1.0] * 3
     assert [line["alpha"] for line in lines] == [0.0, 0.5, 1.0]
+
+
+def test_metrics_have_the_variances_of_the_steps(
+    bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the ELBO and of Q̂ are finite, positive, and the means over an epoch's steps."""
+    variances, ascend = list[tuple[float, float]](), runs.ascend
+
+    def step(*arguments: Any, **settings: Any) -> Climbed:
+        climbed = ascend(*arguments, **settings)
+        variances.append((climbed.elbo_variance.item(), climbed.q_hat_variance.item()))
+        return climbed
+
+    monkeypatch.setattr(runs, "ascend", step)
+    lines = _metrics(_train(tmp_path / "run", bars))
+
+    assert all(0 < number < math.inf for pair in variances for number in pair)
+    for epoch, line in enumerate(lines):
+        of_steps = np.mean(variances[3 * epoch : 3 * epoch + 3], axis=0)
+        assert (line["elbo_variance"], line["q_hat_variance"]) == pytest.approx(tuple(of_steps))
+
+
+REFINED = {"svi_steps": 2}
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all particles on the way back": ({}, {"way_back": 1.0}),
+    "fresh particles": ({}, {"p_samples": "fresh"}),
+    "fresh particles, wake": ({"p_step": "wake"}, {"p_samples": "fresh"}),
+    "sampled pixels": ({}, {"m_step": "sampled"}),
+    "refined": ({}, REFINED),
+    "refined at another rate": (REFINED, {"svi_rate": 0.2}),
+    "refined through": (REFINED, {"svi_through": True}),
+    "two layers": ({}, {"upper": 2, "upper_hidden": (6,)}),
+    "gated": ({}, {"encoder": "gated-conv", "decoder": "gated-conv"}),
+    "wider": ({}, {"proposal_variance": 1.5}),
+    "decay": ({}, {"weight_decay": 0.1}),
+    "objectives in sequence": ({}, {"objective": "vae:1,miss-iwem"}),
+}
+
+
+@pytest.mark.parametrize(("others", "option"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option_is_one_of_its_own(
+    others: dict[str, Any], option: dict[str, Any], bars: str, tmp_path: Path
+) -> None:
+    """What the recipe says reaches the training: the weights are others, and are finite."""
+    plain = _train(tmp_path / "plain", bars, **others)
+    other = _train(tmp_path / "other", bars, **others, **option)
+
+    assert _weights(plain) != _weights(other)
+    assert _all_finite(other)
+
+
+def test_fresh_particles_are_two_steps_of_the_optimiser(bars: str, tmp_path: Path) -> None:
+    """θ's step is taken before φ's particles are drawn, and each moves its own half alone."""
+    recipe = read_recipe(None, **TINY, data=bars, p_samples="fresh")
+    run = Run(tmp_path / "run", recipe, device="cpu")
+    run.begin()
+    seen: list[dict[str, Tensor]] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ascend = runs.ascend
+
+        def step(*arguments: Any, **settings: Any) -> Climbed:
+            seen.append({k: v.clone() for k, v in run.state.model.state_dict().items()})
+            return ascend(*arguments, **settings)
+
+        monkeypatch.setattr(runs, "ascend", step)
+        run.step()
+    seen.append(run.state.model.state_dict())
+
+    for (before, after), moved in zip(itertools.pairwise(seen), ("dec", "enc"), strict=True):
+        assert {k[:3] for k in before if not torch.equal(before[k], after[k])} == {moved}
 
 
 def test_cosine_ends_at_zero(bars: str, tmp_path: Path) -> None:
@@ -576,8 +730,28 @@ def test_recipe_files(tmp_path: Path) -> None:
         ({"learning_rate": 0}, r"Expected a positive learning_rate; got 0\.0\."),
         ({"learning_rate": float("nan")}, r"Expected a positive learning_rate; got nan\."),
         ({"objective": "gan"}, r"Expected an objective of vae, .* the last; got 'gan'\."),
+        ({"objective": "vae,iwae"}, r"Expected an objective of vae, .* last; got 'vae,iwae'\."),
+        ({"objective": "vae:50"}, r"Expected .* the epochs of all but the last; got 'vae:50'\."),
+        ({"objective": "vae:x,iwae"}, r"several such as vae:50,iwae .*; got 'vae:x,iwae'\."),
+        ({"objective": "vae:-1,iwae"}, r"several such as vae:50,iwae .*; got 'vae:-1,iwae'\."),
+        ({"objective": "vae:5,gan"}, r"Expected an objective of vae, .*; got 'vae:5,gan'\."),
+        ({"objective": "vae:5,"}, r"Expected an objective of vae, .*; got 'vae:5,'\."),
+        ({"objective": ""}, r"Expected an objective of vae, .*; got ''\."),
+        ({"way_back": 0}, r"Expected a way_back within \(0, 1\]; got 0\.0\."),
+        ({"way_back": 1.5}, r"Expected a way_back within \(0, 1\]; got 1\.5\."),
+        ({"way_back": float("nan")}, r"Expected a way_back within \(0, 1\]; got nan\."),
+        ({"svi_rate": 0}, r"Expected a positive svi_rate; got 0\.0\."),
+        ({"svi_steps": -1}, r"Expected svi_steps of at least 0; got -1\."),
+        ({"weight_decay": -1}, r"Expected a weight_decay of at least 0; got -1\.0\."),
+        ({"weight_decay": float("inf")}, r"Expected a weight_decay of at least 0; got inf\."),
+        ({"proposal_variance": 0}, r"Expected a positive proposal_variance; got 0\.0\."),
+        ({"upper": -1}, r"Expected upper of at least 0; got -1\."),
+        ({"upper_hidden": [0]}, r"Expected upper_hidden widths of at least 1; got \(0,\)\."),
+        ({"p_samples": "old"}, r"Expected p_samples of shared, fresh; got 'old'\."),
+        ({"m_step": "old"}, r"Expected m_step of marginal, sampled; got 'old'\."),
+        ({"decoder": "rnn"}, r"Expected decoder of mlp.*; got 'rnn'\."),
         ({"encoder": "rnn"}, r"Expected encoder of mlp.*; got 'rnn'\."),
-        ({"p_step": "dreg", "imputations": 2}, r"Expected one imputation .*; got 2\."),
+        ({"p_step": "dreg", "imputations": 2}, r"Expected one imputation .*; got 2, False\."),
         ({"missing": "rain"}, r"Expected a missingness of .*; got 'rain'\."),
         ({"missing": "patches:10"}, r"Expected .* from 0 to 9; got '?10'?\."),
     ],
@@ -586,6 +760,53 @@ def test_recipe_that_cannot_be(changes: dict[str, Any], sentence: str) -> None:
     """The error names what was expected and what came."""
     with pytest.raises(RecipeError, match=sentence):
         read_recipe(None, **changes)
+
+
+def test_objectives_one_after_another() -> None:
+    """Each is maximised for its epochs, the last to the end, and by its bound all is judged."""
+    recipe = read_recipe(None, objective="vae:50, miss-iwem-woa:10,iwae", p_step="dreg")
+
+    def named(objective: Objective) -> str:
+        options: dict[str, Any] = {"p_step": "slides"}
+        return next(n for n, row in OBJECTIVES.items() if replace(objective, **options) == row)
+
+    at = {epoch: named(recipe.objective_in(epoch)) for epoch in (0, 49, 50, 59, 60, 10**6)}
+    assert at == {
+        0: "vae",
+        49: "vae",
+        50: "miss-iwem-woa",
+        59: "miss-iwem-woa",
+        60: "iwae",
+        10**6: "iwae",
+    }
+    assert recipe.last_objective == recipe.objective_in(60)
+    assert recipe.objective_in(0).p_step == "dreg"
+
+
+def test_one_objective_is_that_of_every_epoch() -> None:
+    """A recipe of one objective begins and ends with it, and with the options that it names."""
+    recipe = read_recipe(
+        None,
+        objective="miss-iwem",
+        p_samples="fresh",
+        m_step="sampled",
+        imputations=3,
+        way_back=0.5,
+        svi_steps=2,
+        svi_rate=0.3,
+        svi_through=True,
+    )
+    expected = replace(
+        OBJECTIVES["miss-iwem"],
+        p_samples="fresh",
+        m_step="sampled",
+        imputations=3,
+        way_back=0.5,
+        svi=Refinement(steps=2, rate=0.3, through=True),
+    )
+
+    assert recipe.objective_in(0) == recipe.objective_in(1499) == recipe.last_objective == expected
+    assert read_recipe(None).last_objective.svi is None
 
 
 def test_recipe_that_is_not_there(tmp_path: Path) -> None:
