@@ -29,14 +29,14 @@ from model.latent import LatentVariableModel
 from model.likelihood import Estimate, Scores, Stages, finish, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
-from model.refit import refitted
+from model.refit import BATCH, tightened
 
 __all__ = ["MASKS", "evaluate", "picture"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
-REFIT_EPOCHS, BATCH = 20, 100
-"""How often the images pass by an encoder that is refitted, and so many of them in a step."""
+REFIT_EPOCHS = 20
+"""How often the images pass by an encoder that is refitted for them."""
 CHUNK = 16
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
 
@@ -147,12 +147,7 @@ class _Test:
         """Log p(x) by an encoder that was refitted on these images; the decoder is as it was."""
         truth = self.truth[:images]
         steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
-
-        def batch(noise: Noise) -> Incomplete:
-            picked = torch.randint(len(truth), (BATCH,), generator=noise.at("batch").generator())
-            return Incomplete.complete(truth[picked])
-
-        stages = refitted(self.read.model, batch, Noise(self.seed).at("tight"), steps=steps)
+        stages = tightened(self.read.model, truth, Noise(self.seed).at("tight"), steps=steps)
         model = _watched(stages, steps, "refit", self.show)
         result = self._complete(model, truth, "tight", particles)
         return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}

@@ -92,6 +92,8 @@ class Recipe:
     """Epochs in which the cost of the latents, log q(z) − log p(z), grows from nothing to all."""
     patience: int = 50
     """Epochs without a better validation bound, after the annealing, that end the training."""
+    polish_steps: int = 0
+    """Steps in which the best model's encoder learns from its completions, at the end."""
     precision: str = "highest"
     """Of matrix products: highest (fp32), high (TF32) or medium (bf16 products, fp32 sums)."""
     seed: int = 0
@@ -170,6 +172,7 @@ LEAST = {
     "particles": 1,
     "imputations": 1,
     "svi_steps": 0,
+    "polish_steps": 0,
     "latent": 1,
     "upper": 0,
     "batch": 1,

@@ -15,53 +15,98 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from model.latent import LatentVariableModel
 from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import Noise, Source
-from model.objectives import OBJECTIVES, Objective, ascend, iwae
+from model.objectives import Objective, ascend, iwae
 from model.weights import resample
 
-__all__ = ["completed", "refitted"]
+__all__ = ["completed", "polished", "tightened"]
 
-CLIMBED = Objective(bound=iwae, steps=True, p_step="dreg")
+COMPLETE = Objective(bound=iwae, steps=True, p_step="dreg")
+"""What an encoder climbs on complete images."""
+PARTICLES, BATCH, LEARNING_RATE = 20, 100, 1e-3
 
 
-def refitted(
+def tightened(
     model: LatentVariableModel,
+    truth: Float[Tensor, "count channels height width"],
+    noise: Noise,
+    *,
+    steps: int,
+) -> Stages[LatentVariableModel]:
+    """The model with an encoder that was trained for these complete images."""
+
+    def climb(fresh: LatentVariableModel, source: Noise) -> None:
+        picked = torch.randint(len(truth), (BATCH,), generator=source.at("batch").generator())
+        _climb(COMPLETE, fresh, Incomplete.complete(truth[picked]), source)
+
+    return _refitted(model, climb, noise, steps)
+
+
+def polished(
+    model: LatentVariableModel,
+    objective: Objective,
     batch: Callable[[Noise], Incomplete],
     noise: Noise,
     *,
     steps: int,
-    particles: int = 20,
-    learning_rate: float = 1e-3,
 ) -> Stages[LatentVariableModel]:
-    """The model with another encoder, trained for so many steps on batches of complete images."""
-    fresh = deepcopy(model)
-    trained = list(fresh.phi())
-    for parameter in trained:
-        parameter.requires_grad_()
-    optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
-    for step in range(steps):
-        source = noise.at("refit", step)
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        optimizer.zero_grad()
-        ascend(CLIMBED, fresh, batch(source), source, particles=particles, climb="encoder")
-        optimizer.step()
-        yield
-    return fresh.requires_grad_(requires_grad=False)
+    """The model with an encoder trained on incomplete images and on its completions of them."""
+
+    def climb(fresh: LatentVariableModel, source: Noise) -> None:
+        images = batch(source)
+        complete = completed(objective, model, images, source.at("completed"))
+        _climb(objective, fresh, images, source.at("incomplete"))
+        _climb(COMPLETE, fresh, complete, source.at("complete"))
+
+    return _refitted(model, climb, noise, steps)
 
 
 @torch.no_grad()
 def completed(
-    model: LatentVariableModel, images: Incomplete, noise: Source, *, particles: int = 50
+    objective: Objective,
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    particles: int = 50,
 ) -> Incomplete:
     """The images with their holes filled by a draw from p(x_m | x_o), as complete ones."""
-    proposal = OBJECTIVES["miss-iwem"].proposal(model, images, noise.at("proposal"))
+    proposal = objective.proposal(model, images, noise.at("proposal"))
     latents = proposal.draw(particles, noise.at("particles"))
     log_w = model.particles(images, proposal, latents).log_weights
     uniforms = noise.at("pick").uniform(len(images), 1, like=log_w)
     picked = resample(log_w, uniforms)[..., None].expand(-1, -1, latents.shape[-1])
     filled = model.impute(images, latents.gather(1, picked), noise.at("filling"))
     return Incomplete.complete(filled[:, 0])
+
+
+def _climb(
+    objective: Objective, model: LatentVariableModel, images: Incomplete, noise: Noise
+) -> None:
+    ascend(objective, model, images, noise, particles=PARTICLES, climb="encoder")
+
+
+def _refitted(
+    model: LatentVariableModel,
+    climb: Callable[[LatentVariableModel, Noise], None],
+    noise: Noise,
+    steps: int,
+) -> Stages[LatentVariableModel]:
+    fresh = deepcopy(model).requires_grad_(requires_grad=False)
+    trained = list(fresh.phi())
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+        optimizer.zero_grad()
+        climb(fresh, noise.at("refit", step))
+        optimizer.step()
+        yield
+    return fresh.requires_grad_(requires_grad=False)

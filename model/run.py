@@ -35,9 +35,11 @@ from model.checkpoint import Card, Checkpoint, CheckpointError
 from model.data import DataError, Images, Split
 from model.latent import LatentVariableModel
 from model.likelihood import Stages
+from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import Climbed, ascend, bound
 from model.recipe import Recipe, RecipeError, to_json
+from model.refit import polished
 
 __all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
 
@@ -167,6 +169,40 @@ class Run:
                 yield None
             else:
                 yield (yield from self.end_epoch())
+        if not self.polished:
+            yield from self.polish()
+
+    @property
+    def polished(self) -> bool:
+        """Whether the checkpoint is what it is to be in the end."""
+        steps = self.recipe.polish_steps
+        return not steps or self.up_to_date_card().training.get("polish_steps") == steps
+
+    def polish(self) -> Stages[None]:
+        """Trains the best model's encoder on the model's completions, and writes the checkpoint.
+
+        It is done again from its beginning if it is left before its end.
+        """
+        started, size = time.monotonic(), self.recipe.batch
+
+        def batch(noise: Noise) -> Incomplete:
+            generator = noise.at("polish").generator()
+            return self.train.batch(
+                torch.randint(len(self.train), (size,), generator=generator), noise
+            )
+
+        model = yield from polished(
+            self.best_model().to(self.device).compiled(),
+            self.recipe.last_objective,
+            batch,
+            self.noise.at("polish"),
+            steps=self.recipe.polish_steps,
+        )
+        seconds = round(time.monotonic() - started)
+        done = {"polish_steps": self.recipe.polish_steps, "polish_seconds": seconds}
+        card = self.card()
+        card = replace(card, training={**card.training, **done})
+        checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model.cpu(), card))
 
     def step(self) -> None:
         """One step of the optimiser."""
@@ -297,9 +333,15 @@ class Run:
 
     def write_checkpoint(self) -> Card:
         """Replaces the checkpoint by the best model so far; returns its card."""
+        return checkpoint.write(
+            self.folder / CHECKPOINT, Checkpoint(self.best_model(), self.card())
+        )
+
+    def best_model(self) -> LatentVariableModel:
+        """The best model so far, by validation."""
         model = self.recipe.architecture.build(Noise(0))
         model.load_state_dict({name: tensor.cpu() for name, tensor in self.state.best.items()})
-        return checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model, self.card()))
+        return model
 
     def up_to_date_card(self) -> Card:
         """The best model's card, which is written anew where it is not of this state."""
