@@ -40,6 +40,7 @@ from model.noise import Noise
 from model.objectives import Climbed, ascend, bound
 from model.recipe import Recipe, RecipeError, to_json
 from model.refit import polished
+from model.team import Team
 
 __all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
 
@@ -100,7 +101,11 @@ PLACE = ("step", "validated", "sums", "best_bound", "best_epoch", "seconds")
 class Run:
     """The training of one model in one folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, *, device: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, device: str = "auto", team: Team | None = None
+    ) -> None:
+        self.team = team or Team()
+        device = self.team.device if device == "auto" else device
         self.folder, self.device, self.asked = folder, _pick(device), recipe
         self.dataset = data.load(recipe.data)
         channels, height, width = self.dataset.train.pixels.shape[1:]
@@ -111,6 +116,7 @@ class Run:
         self.train = self._split("train", self.dataset.train)
         self.validation = self._split("validation", self.dataset.validation)
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
+        self._check_parts()
         model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
         optimizer = torch.optim.AdamW(
             model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -141,6 +147,14 @@ class Run:
 
     def begin(self) -> None:
         """Makes the folder that of this run, and goes back to its saved state if it has one."""
+        if self.team.leads:
+            self._begin()
+        self.team.wait()
+        if not self.team.leads:
+            self._restore()
+        self.team.wait()
+
+    def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / RECIPE, to_json(self.asked))
         known = (self.folder / STATE).exists()
@@ -150,7 +164,7 @@ class Run:
         path = self.folder / LEDGER
         self.ledger = path.read_text() if path.exists() else ""
         if not known:
-            self.save()
+            self._write_state()
         kept = [_line(metrics) for metrics in self.history()]
         _write(self.folder / METRICS, "".join(kept))
         for stray in self.folder.glob(f".{CHECKPOINT}-*"):
@@ -169,8 +183,6 @@ class Run:
                 yield None
             else:
                 yield (yield from self.end_epoch())
-        if not self.polished:
-            yield from self.polish()
 
     @property
     def polished(self) -> bool:
@@ -181,8 +193,11 @@ class Run:
     def polish(self) -> Stages[None]:
         """Trains the best model's encoder on the model's completions, and writes the checkpoint.
 
-        It is done again from its beginning if it is left before its end.
+        It is done again from its beginning if it is left before its end, and not at all if it is
+        done or the recipe has no steps of it.
         """
+        if self.polished or not self.team.leads:
+            return
         started, size = time.monotonic(), self.recipe.batch
 
         def batch(noise: Noise) -> Incomplete:
@@ -210,10 +225,10 @@ class Run:
         epoch, place = divmod(state.step, self.steps_per_epoch)
         self.train.turn_to(epoch)
         index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
-        noise = self.noise.at("step", state.step)
+        mine, noise = self.team.part(index), self._own(self.noise.at("step", state.step))
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        images, objective = self.train.batch(index, noise), recipe.objective_in(epoch)
+        images, objective = self.train.batch(mine, noise), recipe.objective_in(epoch)
         for climb in objective.climbs:
             state.optimizer.zero_grad()
             climbed = ascend(
@@ -226,6 +241,7 @@ class Run:
                 warmth=self.warmth(epoch),
                 climb=climb,
             )
+            self.team.average_gradients(state.model.parameters(), share=len(mine) / len(index))
             state.optimizer.step()
             if climb != "encoder":
                 self.unseen.append(climbed)
@@ -241,7 +257,8 @@ class Run:
         """
         first = self.state.step - len(self.unseen)
         seen = [torch.stack([c.bound, c.elbo_variance, c.q_hat_variance]) for c in self.unseen]
-        numbers: list[list[float]] = torch.stack(seen).tolist() if seen else []
+        of_team = self.team.total(torch.stack(seen)) / self.team.size if seen else torch.empty(0)
+        numbers: list[list[float]] = of_team.tolist()
         self.unseen.clear()
         for step, of_step in enumerate(numbers, start=first + 1):
             if not math.isfinite(of_step[0]):
@@ -270,13 +287,19 @@ class Run:
         """The objective's bound on the observed pixels of the held-out incomplete images."""
         recipe, model = self.recipe, self.state.model
         sums: list[Tensor] = []
-        for start in range(0, len(self.validation), recipe.batch):
+        count, batch, team = len(self.validation), recipe.batch, self.team
+        for first in range(0, count, batch * team.size):
+            start = first + team.rank * batch
             noise = self.noise.at("validate", start)
-            images = self.validation.batch(slice(start, start + recipe.batch), noise)
-            bounds = bound(recipe.last_objective, model, images, noise, particles=recipe.particles)
-            sums.append(bounds.sum())
+            if start < count:
+                images = self.validation.batch(slice(start, start + batch), noise)
+                bounds = bound(
+                    recipe.last_objective, model, images, noise, particles=recipe.particles
+                )
+                sums.append(bounds.sum())
             yield
-        return sum(torch.stack(sums).tolist()) / len(self.validation)
+        mine = torch.tensor([sum(torch.stack(sums).tolist()) if sums else 0.0]).double()
+        return team.total(mine).item() / count
 
     def end_epoch(self) -> Stages[Metrics]:
         """Validates, keeps the best model, and writes everything down; returns the metrics."""
@@ -300,9 +323,10 @@ class Run:
             seconds=round(state.seconds, 1),
         )
         state.sums, state.validated = (0.0, 0.0, 0.0), epoch + 1
-        _append(self.folder / METRICS, _line(metrics))
+        if self.team.leads:
+            _append(self.folder / METRICS, _line(metrics))
         self.save()
-        if state.best_epoch == epoch:
+        if self.team.leads and state.best_epoch == epoch:
             self.write_checkpoint()
         return metrics
 
@@ -320,6 +344,11 @@ class Run:
             Diverged: It has a number that is not finite; the state that was saved before stays.
         """
         self.look()
+        if self.team.leads:
+            self._write_state()
+        self.saved = time.monotonic()
+
+    def _write_state(self) -> None:
         self._count_seconds()
         tensors = self._tensors()
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
@@ -329,7 +358,6 @@ class Run:
         save_file(tensors, fresh, {"place": json.dumps(place)})
         _put(fresh, self.folder / STATE)
         _write(self.folder / LEDGER, self.ledger + self._entry())
-        self.saved = time.monotonic()
 
     def write_checkpoint(self) -> Card:
         """Replaces the checkpoint by the best model so far; returns its card."""
@@ -381,6 +409,18 @@ class Run:
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             },
         )
+
+    def _own(self, noise: Noise) -> Noise:
+        """The noise of this process, which alone has that of the recipe."""
+        return noise if self.team.size == 1 else noise.at("rank", self.team.rank)
+
+    def _check_parts(self) -> None:
+        smallest = len(self.train) % self.recipe.batch or self.recipe.batch
+        if smallest < self.team.size:
+            raise RecipeError(
+                f"Expected a batch with an image for each of {self.team.size} processes; "
+                f"got one of {smallest}."
+            )
 
     def _split(self, name: str, images: Images) -> Split:
         split = Split(

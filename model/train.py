@@ -1,6 +1,7 @@
 """Training: incomplete images and a recipe become a checkpoint, in the folder of a run."""
 
 import math
+import os
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from model.recipe import (
     stored_recipe,
 )
 from model.run import CHECKPOINT, RECIPE, Diverged, Metrics, Run
+from model.team import Team
 
 __all__ = ["MORE_TO_DO", "Interrupted", "main", "train"]
 
@@ -64,19 +66,33 @@ def train(
     """
     until = time.monotonic() + 60 * minutes
     with _stop_signals() as received, _matmul_precision(recipe.precision):
+        team = Team.joined()
         _refuse_another(folder, recipe, resume=resume)
-        run = Run(folder, recipe, device=device)
+        team.wait()
+        run = Run(folder, recipe, device=device, team=team)
         run.begin()
-        with _curves(run) as draw, _progress(console or Console(stderr=True), run) as show:
+        show = console or Console(stderr=True)
+
+        def over() -> bool:
+            return bool(received) or time.monotonic() >= until
+
+        def stopped() -> Interrupted:
+            status = 128 + received[0] if received else MORE_TO_DO
+            return Interrupted(f"Stopped after step {run.state.step}.", status)
+
+        with _curves(run) as draw, _progress(show, run) as progress:
             for metrics in run.rest():
-                show(metrics)
+                progress(metrics)
                 draw(metrics)
-                if received or time.monotonic() >= until:
+                stop, due = team.any(over(), run.due)
+                if stop or due:
                     run.save()
-                    status = 128 + received[0] if received else MORE_TO_DO
-                    raise Interrupted(f"Stopped after step {run.state.step}.", status)
-                if run.due:
-                    run.save()
+                if stop:
+                    raise stopped()
+        for _ in run.polish():
+            if over():
+                raise stopped()
+        team.wait()
         return run.up_to_date_card()
 
 
@@ -88,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = vars(parser().parse_args(words))
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    led = os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=True, quiet=led, highlight=False, markup=False, soft_wrap=True)
     try:
         folder, card = _follow(console, **options)
     except (RecipeError, DataError, MechanismError) as error:
@@ -211,6 +228,9 @@ def _curves(run: Run) -> Generator[Callable[[Metrics | None], None]]:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     except ImportError:
+        yield lambda _metrics: None
+        return
+    if not run.team.leads:
         yield lambda _metrics: None
         return
     with SummaryWriter(run.folder / "tensorboard", purge_step=0) as writer:
