@@ -142,6 +142,8 @@ class LatentVariableModel(nn.Module):
         self.prior = prior
         self.likelihood = likelihood
         self.architecture = architecture
+        self.stack: tuple[int, ...] = ()
+        """How many models this is, each with its part of every batch; one model is no stack."""
 
     def compiled(self) -> "LatentVariableModel":
         """The same model, which sums pixels in machine code where there is a compiler for it."""

@@ -59,6 +59,10 @@ class Surrogate:
     decoder: Scalar
     encoder: Scalar
 
+    def times(self, models: int) -> "Surrogate":
+        """The sum over models, where this is their mean."""
+        return Surrogate(models * self.decoder, models * self.encoder)
+
 
 def elbo(particles: Particles) -> Float[Tensor, " batch"]:
     """E_q[log p(x_o, z) − log q(z)], by the mean over the particles."""
@@ -196,13 +200,13 @@ M_STEPS = ("marginal", "sampled")
 
 @dataclass(frozen=True)
 class Climbed:
-    """What a step saw of its particles."""
+    """What a step saw of its particles, of each model of a stack."""
 
-    bound: Scalar
+    bound: Float[Tensor, "*models"]
     """The mean of the objective's bound over the batch."""
-    elbo_variance: Scalar
+    elbo_variance: Float[Tensor, "*models"]
     """Of the ELBO as an estimate from these particles, the mean over the batch."""
-    q_hat_variance: Scalar
+    q_hat_variance: Float[Tensor, "*models"]
     """Of Q̂ likewise, by the delta method."""
 
 
@@ -232,15 +236,16 @@ def ascend(
     proposal = objective.proposal(model, images, noise.at("proposal"), climb=climb)
     latents = proposal.draw(particles, noise.at("particles"))
     drawn = replace(_decoded(model, images, proposal, latents), warmth=warmth)
-    surrogate = objective.surrogate(drawn, alpha=alpha)
+    models = math.prod(model.stack)
+    surrogate = objective.surrogate(drawn, alpha=alpha).times(models)
     for_decoder = _gradient(surrogate.decoder, drawn.log_likelihood)
     for_encoder = _gradient(surrogate.encoder, drawn.log_likelihood)
     for_pass = for_encoder if climb == "encoder" else for_decoder
     sizes = for_pass.abs() + (for_encoder.abs() if climb == "both" else 0.0)
-    picked = thin(
-        sizes.flatten(),
-        math.ceil(objective.way_back * sizes.numel()),
-        noise.at("way back").uniform(1, like=sizes),
+    rows = sizes.view(*model.stack, -1)
+    uniform = noise.at("way back").uniform(*model.stack, 1, like=sizes)
+    picked = thin(rows, math.ceil(objective.way_back * rows.shape[-1]), uniform).flat(
+        sizes.numel()
     )
     at = latents.detach().flatten(0, 1)[picked.index, None].requires_grad_()
     seen, logits = images[picked.index // particles], model.decode(at)
@@ -251,7 +256,8 @@ def ascend(
         retain_graph=sampled,
     )
     if sampled:
-        for_missing = objective.share(alpha) * normalise(drawn.log_weights.detach()) / len(images)
+        share = objective.share(alpha) * models / len(images)
+        for_missing = share * normalise(drawn.log_weights.detach())
         _missing(model, seen, logits, noise.at("missing")).backward(
             _for_rows(-for_missing, picked), inputs=list(model.decoder.parameters())
         )
@@ -268,7 +274,7 @@ def ascend(
             [None, arrived.view_as(latents)],
             inputs=list(model.phi()),
         )
-    return _climbed(objective, drawn)
+    return _climbed(objective, drawn, model.stack)
 
 
 @torch.no_grad()
@@ -295,7 +301,8 @@ def _decoded(
 ) -> Particles:
     """The particles, with log p(x_o | z) as a leaf of its own."""
     count = len(images)
-    at_once = max(1, CACHED_ROWS // latents.shape[1]) if latents.device.type == "cpu" else count
+    whole = model.stack or latents.device.type != "cpu"
+    at_once = count if whole else max(1, CACHED_ROWS // latents.shape[1])
     with torch.no_grad():
         parts = [
             model.likelihood.log_densities(model.decode(latents[part]), images[part])
@@ -334,12 +341,16 @@ def _missing(
 
 
 @torch.no_grad()
-def _climbed(objective: Objective, particles: Particles) -> Climbed:
+def _climbed(objective: Objective, particles: Particles, stack: tuple[int, ...]) -> Climbed:
     log_w, log_p = particles.log_weights, particles.log_joint
     w = normalise(log_w)
     q_hat = (w * log_p).sum(-1, keepdim=True)
-    return Climbed(
-        objective.bound(particles).mean(),
-        log_w.var(-1, correction=0).mean() / log_w.shape[-1],
-        (w * (log_p - q_hat)).square().sum(-1).mean(),
+    bound, elbo, q = (
+        per_image.view(*stack, -1).mean(-1)
+        for per_image in (
+            objective.bound(particles),
+            log_w.var(-1, correction=0) / log_w.shape[-1],
+            (w * (log_p - q_hat)).square().sum(-1),
+        )
     )
+    return Climbed(bound, elbo, q)

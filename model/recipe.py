@@ -150,6 +150,14 @@ class Recipe:
             raise RecipeError(f"Expected a weight_decay of at least 0; got {self.weight_decay}.")
         if not 0 < self.way_back <= 1:
             raise RecipeError(f"Expected a way_back within (0, 1]; got {self.way_back}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if "vae-analytic" in self.objective and self.architecture.upper:
+            raise RecipeError(
+                "Expected one stochastic layer with vae-analytic, whose divergence has no closed "
+                f"form with two; got upper {self.architecture.upper}."
+            )
         if self.p_step == "dreg" and self.imputations + self.first_pass > 1:
             raise RecipeError(
                 "Expected one imputation and no first_pass with p_step dreg, whose gradient "

@@ -7,7 +7,8 @@ $$ \mathrm{ELBO}(\lambda) = E_{q(z; \lambda)}[\log p(x_o, z) - \log q(z; \lambda
 go on from there (Kim et al., "Semi-amortized variational autoencoders", 2018).
 The steps are along the natural gradient of a Gaussian, $\sigma^2 \nabla_\mu$ and
 $\tfrac12 \nabla_{\log\sigma}$ (Hoffman et al., "Stochastic variational inference", 2013),
-whose length is one whatever the scale of the latents.
+whose length is one whatever the scale of the latents, and none is longer than a standard
+deviation.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from model.noise import Source
 from model.proposal import GaussianMixture, Proposal
 
 __all__ = ["Refinement"]
+
+LONGEST = 1.0
+"""No step is longer, in standard deviations of the mean or e-folds of the standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,9 @@ class Refinement:
             elbo, [here.mean, here.log_std], create_graph=through
         )
         rate = self.rate * here.mean.shape[1]
+        std = here.log_std.exp()
         moved = GaussianMixture(
-            here.mean + rate * (2 * here.log_std).exp() * to_mean,
-            here.log_std + rate * 0.5 * to_log_std,
+            here.mean + std * (rate * std * to_mean).clamp(-LONGEST, LONGEST),
+            here.log_std + (rate * 0.5 * to_log_std).clamp(-LONGEST, LONGEST),
         )
         return moved if through else moved.detach()

@@ -141,6 +141,11 @@ class Run:
         return done >= self.recipe.epochs or waited >= self.recipe.patience
 
     @property
+    def validating(self) -> bool:
+        """Whether the steps of an epoch are done and its validation is not."""
+        return self.state.step >= (self.state.validated + 1) * self.steps_per_epoch
+
+    @property
     def due(self) -> bool:
         """Whether the state was last saved so long ago that it should be saved now."""
         return time.monotonic() - self.saved >= SAVE_EVERY
@@ -160,9 +165,15 @@ class Run:
         known = (self.folder / STATE).exists()
         if known:
             self._restore()
-        self.since = replace(self.state)
         path = self.folder / LEDGER
         self.ledger = path.read_text() if path.exists() else ""
+        # A kill may have come between the state and its line: the work goes to the next one.
+        entries = [json.loads(line) for line in self.ledger.splitlines()]
+        self.since = replace(
+            self.state,
+            step=min(entries[-1]["to_step"] if entries else 0, self.state.step),
+            seconds=sum((entry["seconds"] for entry in entries), 0.0),
+        )
         if not known:
             self._write_state()
         kept = [_line(metrics) for metrics in self.history()]
@@ -178,11 +189,11 @@ class Run:
         Gives an epoch's metrics at its end.
         """
         while not self.finished:
-            if self.state.step < (self.state.validated + 1) * self.steps_per_epoch:
+            if self.validating:
+                yield (yield from self.end_epoch())
+            else:
                 self.step()
                 yield None
-            else:
-                yield (yield from self.end_epoch())
 
     @property
     def polished(self) -> bool:

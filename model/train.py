@@ -74,7 +74,8 @@ def train(
         show = console or Console(stderr=True)
 
         def over() -> bool:
-            return bool(received) or time.monotonic() >= until
+            # A validation begins anew whenever it is left: only a signal may not wait for it.
+            return bool(received) or (time.monotonic() >= until and not run.validating)
 
         def stopped() -> Interrupted:
             status = 128 + received[0] if received else MORE_TO_DO

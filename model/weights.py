@@ -164,32 +164,45 @@ class Slots:
 class Thinned:
     """Rows that stand for all: the sum of scale·f(row) has the expectation of the whole sum."""
 
-    index: Int[Tensor, " count"]
-    scale: Float[Tensor, " count"]
+    index: Int[Tensor, "*models count"]
+    scale: Float[Tensor, "*models count"]
+
+    def flat(self, rows: int) -> "Thinned":
+        """The same rows, counted through all models, which have so many together."""
+        models = self.index.shape[:-1].numel()
+        first = rows // models * torch.arange(models, device=self.index.device)
+        index = self.index.view(models, -1) + first[:, None]
+        return Thinned(index.flatten(), self.scale.flatten())
 
 
-def thin(sizes: Float[Tensor, " rows"], count: int, uniform: Float[Tensor, "1"]) -> Thinned:
+def thin(
+    sizes: Float[Tensor, "*models rows"], count: int, uniform: Float[Tensor, "*models 1"]
+) -> Thinned:
     """So many rows by systematic sampling, with chances in proportion to their sizes.
 
     A row whose chance would pass one is certain (Särndal, Swensson and Wretman, "Model Assisted
     Survey Sampling", 1992, section 3.6), and what it leaves goes to the others. With as many as
     there are, they are all rows.
     """
-    if count >= len(sizes):
-        return Thinned(torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes))
+    rows = torch.arange(sizes.shape[-1], device=sizes.device)
+    if count >= len(rows):
+        return Thinned(rows.expand_as(sizes), torch.ones_like(sizes))
     chance = exact = sizes.double()
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     for _ in range(CAPPING_ROUNDS):
         free = torch.where(certain, 0.0, exact)
-        share = free / free.sum().clamp(min=TINY)
-        chance = torch.where(certain, 1.0, (count - certain.sum()) * share).clamp(max=1)
+        share = free / free.sum(-1, keepdim=True).clamp(min=TINY)
+        left = count - certain.sum(-1, keepdim=True)
+        chance = torch.where(certain, 1.0, left * share).clamp(max=1)
         certain = chance >= 1
-    cumulative = chance.cumsum(0)
-    places = (torch.arange(count, device=sizes.device) + uniform.double()) / count
-    index = torch.searchsorted(cumulative, places * cumulative[-1], right=True)
-    last = (cumulative < cumulative[-1]).sum()  # of those with a chance
+    cumulative = chance.cumsum(-1)
+    total = cumulative[..., -1:]
+    places = (rows[:count] + uniform.double()) / count
+    index = torch.searchsorted(cumulative, places * total, right=True)
+    last = (cumulative < total).sum(-1, keepdim=True)  # of those with a chance
     index = torch.minimum(index, last)
-    return Thinned(index, (cumulative[-1] / (count * chance[index].clamp(min=TINY))).to(sizes))
+    scale = total / (count * chance.gather(-1, index).clamp(min=TINY))
+    return Thinned(index, scale.to(sizes))
 
 
 CAPPING_ROUNDS = 8

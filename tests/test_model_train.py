@@ -752,6 +752,7 @@ def test_recipe_files(tmp_path: Path) -> None:
         ({"decoder": "rnn"}, r"Expected decoder of mlp.*; got 'rnn'\."),
         ({"encoder": "rnn"}, r"Expected encoder of mlp.*; got 'rnn'\."),
         ({"p_step": "dreg", "imputations": 2}, r"Expected one imputation .*; got 2, False\."),
+        ({"objective": "vae-analytic", "upper": 2}, r"Expected one stochastic layer .* upper 2\."),
         ({"missing": "rain"}, r"Expected a missingness of .*; got 'rain'\."),
         ({"missing": "patches:10"}, r"Expected .* from 0 to 9; got '?10'?\."),
     ],
