@@ -271,6 +271,13 @@ def parser() -> ArgumentParser:
         metavar="X",
         help="Stop after so many; with status 75 if there is more to do. Default: never.",
     )
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Train with so many seeds at once, in folders of their own. Default: 1.",
+    )
     group = options.add_argument_group("recipe", "These go before what RECIPE says of them.")
     defaults, docs = _flat(Recipe()), _docs(Recipe) | _docs(Architecture)
     for name, kind in FIELDS.items():

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -231,32 +232,48 @@ class Run:
         checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model.cpu(), card))
 
     def step(self) -> None:
-        """One step of the optimiser."""
-        recipe, state = self.recipe, self.state
-        epoch, place = divmod(state.step, self.steps_per_epoch)
-        self.train.turn_to(epoch)
-        index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
-        mine, noise = self.team.part(index), self._own(self.noise.at("step", state.step))
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        images, objective = self.train.batch(mine, noise), recipe.objective_in(epoch)
+        """One step of training."""
+        state, objective = self.state, self.recipe.objective_in(self.epoch)
+        images, noise, share = self.ask()
         for climb in objective.climbs:
             state.optimizer.zero_grad()
             climbed = ascend(
-                objective,
-                state.model,
-                images,
-                noise.at(climb),
-                particles=recipe.particles,
-                alpha=self.alpha(epoch),
-                warmth=self.warmth(epoch),
-                climb=climb,
+                objective, state.model, images, noise.at(climb), **self.settings, climb=climb
             )
-            self.team.average_gradients(state.model.parameters(), share=len(mine) / len(index))
+            self.team.average_gradients(state.model.parameters(), share=share)
             state.optimizer.step()
             if climb != "encoder":
                 self.unseen.append(climbed)
-        state.step += 1
+        self.stepped()
+
+    @property
+    def epoch(self) -> int:
+        """That of the next step."""
+        return self.state.step // self.steps_per_epoch
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the next step's objective is weighed with."""
+        return {
+            "particles": self.recipe.particles,
+            "alpha": self.alpha(self.epoch),
+            "warmth": self.warmth(self.epoch),
+        }
+
+    def ask(self) -> tuple[Incomplete, Noise, float]:
+        """The images of the next step, its noise, and the share of the batch that these are."""
+        recipe, state = self.recipe, self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.train.turn_to(self.epoch)
+        place = state.step % self.steps_per_epoch
+        index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
+        mine, noise = self.team.part(index), self._own(self.noise.at("step", state.step))
+        return self.train.batch(mine, noise), noise, len(mine) / len(index)
+
+    def stepped(self) -> None:
+        """Counts a step that was taken."""
+        self.state.step += 1
         if len(self.unseen) >= LOOK_EVERY:
             self.look()
 

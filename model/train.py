@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.checkpoint import Card
 from model.data import DataError
+from model.likelihood import finish
 from model.masks import MechanismError
 from model.recipe import (
     Recipe,
@@ -30,8 +32,9 @@ from model.recipe import (
 )
 from model.run import CHECKPOINT, RECIPE, Diverged, Metrics, Run
 from model.team import Team
+from model.together import Together
 
-__all__ = ["MORE_TO_DO", "Interrupted", "main", "train"]
+__all__ = ["MORE_TO_DO", "Interrupted", "main", "train", "train_seeds"]
 
 
 MORE_TO_DO = 75
@@ -97,6 +100,63 @@ def train(
         return run.up_to_date_card()
 
 
+def train_seeds(
+    folder: Path,
+    recipe: Recipe,
+    seeds: int,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    minutes: float = math.inf,
+    console: Console | None = None,
+) -> list[Card]:
+    """Trains the recipe with so many seeds at once, each in a folder of its own, as one stack.
+
+    Their weights are what each would become alone, but for rounding.
+
+    Raises:
+        RecipeError, DataError, Diverged, Interrupted: As of `train`.
+    """
+    until, show = time.monotonic() + 60 * minutes, console or Console(stderr=True)
+    runs: list[Run] = []
+    with _stop_signals() as received, _matmul_precision(recipe.precision):
+
+        def status() -> int | None:
+            if received:
+                return 128 + received[0]
+            return MORE_TO_DO if time.monotonic() >= until else None
+
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            place, each = folder / f"seed-{seed}", replace(recipe, seed=seed)
+            _refuse_another(place, each, resume=resume)
+            runs.append(Run(place, each, device=device))
+            runs[-1].begin()
+        while left := [run for run in runs if not run.finished]:
+            least = min(run.state.step for run in left)
+            behind = [run for run in left if run.state.step == least]
+            _together(behind, status)
+            for run in behind:
+                metrics = finish(run.end_epoch())
+                show.print(f"seed {run.recipe.seed}, {_said(metrics, run)}")
+        for run in runs:
+            finish(run.polish())
+        return [run.up_to_date_card() for run in runs]
+
+
+def _together(runs: Sequence[Run], status: Callable[[], int | None]) -> None:
+    """Takes the runs, which are at the same step, to the end of their epoch."""
+    together = Together(runs)
+    for _ in together.rest():
+        stop = status()
+        if stop is not None or runs[0].due:
+            together.scatter()
+            for run in runs:
+                run.save()
+        if stop is not None:
+            raise Interrupted(f"Stopped after step {runs[0].state.step}.", stop)
+    together.scatter()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the words of a command line say; returns the exit status.
 
@@ -108,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     led = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True, quiet=led, highlight=False, markup=False, soft_wrap=True)
     try:
-        folder, card = _follow(console, **options)
+        folders, cards = _follow(console, **options)
     except (RecipeError, DataError, MechanismError) as error:
         console.print(str(error))
         return 2
@@ -119,10 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = words if options["resume"] else [*words, "--resume"]
         console.print(f"{stop} Go on with: miss-iwem train {shlex.join(again)}")
         return stop.status
-    console.print(
-        f"Done: {folder / CHECKPOINT} is of epoch {card.training['best_epoch'] + 1}, "
-        f"with a validation bound of {card.training['validation_bound']:.2f}."
-    )
+    for folder, card in zip(folders, cards, strict=True):
+        console.print(
+            f"Done: {folder / CHECKPOINT} is of epoch {card.training['best_epoch'] + 1}, "
+            f"with a validation bound of {card.training['validation_bound']:.2f}."
+        )
     return 0
 
 
@@ -135,8 +196,9 @@ def _follow(
     device: str,
     threads: int | None,
     minutes: float,
+    seeds: int,
     **changes: Any,
-) -> tuple[Path, Card]:
+) -> tuple[list[Path], list[Card]]:
     if threads is not None:
         if threads < 1:
             raise RecipeError(f"Expected threads of at least 1; got {threads}.")
@@ -149,8 +211,13 @@ def _follow(
         asked = read_recipe(recipe, **changes)
     name = Path(recipe).stem if recipe else f"{Path(asked.data).resolve().stem}-{asked.objective}"
     folder = out or Path("runs") / name
+    if seeds > 1:
+        cards = train_seeds(
+            folder, asked, seeds, resume=resume, device=device, minutes=minutes, console=console
+        )
+        return [folder / f"seed-{asked.seed + index}" for index in range(seeds)], cards
     card = train(folder, asked, resume=resume, device=device, minutes=minutes, console=console)
-    return folder, card
+    return [folder], [card]
 
 
 def _refuse_another(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -213,14 +280,16 @@ def _progress(console: Console, run: Run) -> Generator[Callable[[Metrics | None]
             progress.update(task, completed=step, epoch=epoch, rate=f"{rate:.1f} steps/s")
             if metrics:
                 left = timedelta(seconds=round((run.steps - step) / rate)) if rate else "?"
-                console.print(
-                    f"epoch {epoch - 1}/{run.recipe.epochs}: bound {metrics.train_bound:.2f}, "
-                    f"validation {metrics.validation_bound:.2f} "
-                    f"(best in epoch {metrics.best_epoch + 1}), "
-                    f"{rate:.1f} steps/s, at most {left} left",
-                )
+                console.print(f"{_said(metrics, run)}, {rate:.1f} steps/s, at most {left} left")
 
         yield show
+
+
+def _said(metrics: Metrics, run: Run) -> str:
+    return (
+        f"epoch {metrics.epoch + 1}/{run.recipe.epochs}: bound {metrics.train_bound:.2f}, "
+        f"validation {metrics.validation_bound:.2f} (best in epoch {metrics.best_epoch + 1})"
+    )
 
 
 @contextmanager

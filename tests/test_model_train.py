@@ -959,3 +959,60 @@ def test_curves_are_those_of_the_metrics(
     assert bounds == [
         (line["step"], pytest.approx(line["validation_bound"])) for line in _metrics(folder)
     ]
+
+
+# Several seeds at once.
+
+
+def _seeds(folder: Path, data: str, *, resume: bool = False, **changes: Any) -> list[Path]:
+    """The folders of three runs that were trained together and have ended well."""
+    recipe = read_recipe(None, **{**TINY, "data": data, **changes})
+    train.train_seeds(folder, recipe, 3, resume=resume, device="cpu", console=_quiet())
+    return [folder / f"seed-{seed}" for seed in range(3)]
+
+
+def _assert_close(one: Path, other: Path) -> None:
+    for (name, weight), same in zip(_state(one).items(), _state(other).values(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("p_samples", ["shared", "fresh"])
+def test_seeds_together_end_as_each_alone(bars: str, tmp_path: Path, p_samples: str) -> None:
+    """Weights, Adam's moments, the best model and the metrics are those of lone runs."""
+    together = _seeds(tmp_path / "together", bars, epochs=3, p_samples=p_samples)
+
+    for seed, folder in enumerate(together):
+        alone = _train(tmp_path / f"{seed}", bars, epochs=3, p_samples=p_samples, seed=seed)
+        _assert_close(folder, alone)
+        assert _place(folder)["best_epoch"] == _place(alone)["best_epoch"]
+        assert [line["validation_bound"] for line in _metrics(folder)] == pytest.approx(
+            [line["validation_bound"] for line in _metrics(alone)], rel=1e-4
+        )
+
+
+def test_seeds_that_were_stopped_go_on_together(bars: str, tmp_path: Path) -> None:
+    """A stop in the middle of an epoch, and one run that is ahead, change nothing."""
+    whole = _seeds(tmp_path / "whole", bars, epochs=3)
+    recipe = read_recipe(None, **{**TINY, "data": bars, "epochs": 3})
+    with pytest.raises(Interrupted, match="after step 1") as stop:
+        train.train_seeds(tmp_path / "parts", recipe, 3, minutes=0.0, device="cpu")
+    ahead = Run(tmp_path / "parts/seed-1", replace(recipe, seed=1), device="cpu")
+    ahead.begin()
+    ahead.step()
+    ahead.save()
+    parts = _seeds(tmp_path / "parts", bars, resume=True, epochs=3)
+
+    assert stop.value.status == train.MORE_TO_DO
+    for one, other in zip(parts, whole, strict=True):
+        _assert_close(one, other)
+
+
+def test_command_trains_seeds(
+    bars: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--seeds makes a checkpoint for each, and says so."""
+    status = main([*_words(bars, seed=4), "--out", str(tmp_path / "runs"), "--seeds=2"])
+
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["seed-4", "seed-5"]
+    assert capsys.readouterr().err.count("Done: ") == 2
