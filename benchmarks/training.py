@@ -25,10 +25,11 @@ from model.likelihood import finish, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective, ascend
+from model.stack import NoisePerModel, stacked
 
 BATCH = 100
 SHAPE = (1, 28, 28)
-WARMING = 3
+WARMING, STACK = 3, 8
 
 
 def main() -> None:
@@ -56,6 +57,12 @@ def main() -> None:
         }
         times = _interleaved(sides, said.rounds, device)
         _print(show, f"{name}, K = {said.particles}, batch {BATCH}", times, "step")
+    _print(
+        show,
+        f"{STACK} models at once",
+        _interleaved(_stacks(images, said.particles), said.rounds, device),
+        "step of one",
+    )
     sides = {
         "evaluation": _evaluation(device, particles=5000, count=10),
         "products": _forward_products(10 * 64 * math.ceil(5000 / 64), device),
@@ -91,6 +98,28 @@ def _step(objective: Objective, images: Incomplete, particles: int) -> Callable[
         optimizer.step()
 
     return step
+
+
+def _stacks(images: Incomplete, particles: int) -> dict[str, Callable[[], object]]:
+    """A step of one model, and one of a stack of them with a batch for each."""
+    device, objective = images.values.device, OBJECTIVES["miss-iwem"]
+    models = [Architecture().build(Noise(seed)).to(device) for seed in range(STACK)]
+    stack = stacked(models).compiled()
+    optimizer = _adam(stack)
+    joined = Incomplete(
+        images.values.repeat(STACK, 1, 1, 1), images.observed.repeat(STACK, 1, 1, 1)
+    )
+    noises = iter(
+        NoisePerModel(tuple(Noise(seed).at(step) for seed in range(STACK)))
+        for step in range(10**9)
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ascend(objective, stack, joined, next(noises), particles=particles)
+        optimizer.step()
+
+    return {"step of one": _step(objective, images, particles), f"step of {STACK}": step}
 
 
 def _straightforward(images: Incomplete, particles: int) -> Callable[[], object]:
