@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model import checkpoint, train
+from model import checkpoint, refit, train
 from model import run as runs
 from model.data import DataError
 from model.likelihood import finish
@@ -1016,3 +1016,34 @@ def test_command_trains_seeds(
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["seed-4", "seed-5"]
     assert capsys.readouterr().err.count("Done: ") == 2
+
+
+# The polish.
+
+
+def test_polished_run_is_the_best_model_with_another_encoder(bars: str, tmp_path: Path) -> None:
+    """After the last epoch the encoder alone is trained on, and the card says for how long."""
+    plain = checkpoint.read(_train(tmp_path / "plain", bars) / "checkpoint")
+    polished = checkpoint.read(_train(tmp_path / "run", bars, polish_steps=3) / "checkpoint")
+    before, after = plain.model.state_dict(), polished.model.state_dict()
+
+    assert polished.card.training["polish_steps"] == 3
+    for name, weight in after.items():
+        assert torch.equal(weight, before[name]) == name.startswith("decoder")
+
+
+def test_polish_that_was_stopped_is_done_again(bars: str, tmp_path: Path) -> None:
+    """A signal while the encoder is polished costs the polish alone."""
+    folder, climb = tmp_path / "run", refit.ascend
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def interrupted(*arguments: Any, **settings: Any) -> Climbed:
+            signal.raise_signal(signal.SIGINT)
+            return climb(*arguments, **settings)
+
+        monkeypatch.setattr(refit, "ascend", interrupted)
+        with pytest.raises(Interrupted, match="after step 6"):
+            _train(folder, bars, polish_steps=3)
+    resumed = _train(folder, bars, polish_steps=3, resume=True)
+
+    assert _weights(resumed) == _weights(_train(tmp_path / "whole", bars, polish_steps=3))
