@@ -13,6 +13,7 @@ from model.checkpoint import Card
 from model.masks import FORMS, MECHANISMS
 from model.objectives import OBJECTIVES, P_STEPS
 from model.recipe import Recipe, read_recipe
+from model.tables import page
 from service.app import create_app
 from service.settings import Settings
 
@@ -123,3 +124,8 @@ def test_the_shipped_recipe_is_that_of_the_card() -> None:
 def stored(card: Card) -> dict[str, Any]:
     """All that a card's recipe says, and what it could not know."""
     return {**asdict(Recipe()), **card.recipe, "architecture": asdict(card.architecture)}
+
+
+def test_the_page_of_results_is_that_of_its_cards() -> None:
+    """docs/results.md is what `miss-iwem reproduce` makes of docs/results/."""
+    assert (ROOT / "docs/results.md").read_text() == page(ROOT / "docs/results")
