@@ -49,7 +49,7 @@ TABLES: dict[str, Table] = {
             "iwae": {"objective": "iwae"},
             "iwem-woa": {"objective": "iwem-woa"},
             "iwem": {"objective": "iwem"},
-            "iwem-dreg": WARM_DREG,
+            "warm-dreg": WARM_DREG,
         },
         notes={
             "omniglot-mlp": "drawn from the strokes, not the slides' copy of OMNIGLOT",
@@ -72,7 +72,7 @@ TABLES: dict[str, Table] = {
             "miss-iwae": {"objective": "miss-iwae"},
             "miss-iwem-woa": {"objective": "miss-iwem-woa"},
             "miss-iwem": {"objective": "miss-iwem"},
-            "miss-iwae-dreg": {**WARM_DREG, "polish_steps": 3000},
+            "warm-dreg": {**WARM_DREG, "polish_steps": 3000},
         },
     ),
 }
@@ -159,12 +159,12 @@ the test images while the decoder stayed as it was, which tells a loose bound fr
 ± is the standard error over images; ESS is the median effective sample size.
 The slides' numbers are those of Kim, Hwang and Kim (2020); the order of their columns IWEM and
 IWEM-woa for complete images is uncertain.
-`iwem-dreg` and `miss-iwae-dreg` are of our own: IWEM without annealing, with the DReG P-step and a
-warm-up of the latents' cost, and the same on images whose holes are filled with zeros, after which
+`warm-dreg` is a column of our own: IWEM without annealing, with the DReG P-step and a
+warm-up of the latents' cost; on images with holes these are filled with zeros, and afterwards
 the encoder is polished on the model's completions.
 
-A cell alone is `miss-iwem reproduce missing --only patches-6.miss-iwae`. This page is written by that
-command from the cards in `docs/results/`; do not edit.
+A cell alone is `miss-iwem reproduce missing --only patches-6.miss-iwae`. That command writes this
+page from the cards in `docs/results/`; do not edit it.
 """
 COLUMNS = (
     "row",
