@@ -140,13 +140,18 @@ def cells(
 def page(folder: Path) -> str:
     """The page of results, made from the cards in a folder."""
     parts = [INTRODUCTION]
-    for name, table in TABLES.items():
-        cards = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        parts += [f"## {table.title}\n", f"`miss-iwem reproduce {name}`\n", HEAD]
+    cards = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for command, table in TABLES.items():
+        parts += [f"## {table.title}\n", f"`miss-iwem reproduce {command}`\n", HEAD]
         for row, numbers in table.rows.items():
             for column, number in zip(table.columns, numbers, strict=True):
-                ours = [c for stem, c in cards.items() if stem.startswith(f"{row}.{column}.")]
-                parts.append(_line(row, column, number, table.notes.get(row, ""), ours))
+                name, note = f"{row}.{column}", table.notes.get(row, "")
+                runs = [
+                    [card for stem, card in cards.items() if stem.startswith(f"{name}.{s}.")]
+                    for s in SCHEDULES
+                ]
+                for ours in filter(None, runs) if any(runs) else [[]]:
+                    parts.append(_line(row, column, number, note, ours))
         parts.append("")
     return "\n".join(parts)
 
