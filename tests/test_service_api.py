@@ -278,7 +278,7 @@ def test_ids_come_back_in_order(client: httpx.Client):
 
 
 def test_where_everything_is_missing_a_draw_is_a_sample(client: httpx.Client):
-    """Nothing was seen: the log-likelihood is 0 but for rounding, its error too, all is imputed."""
+    """Nothing was seen: the log-likelihood is 0 up to rounding, its error too; all is imputed."""
     everything = {"image": text(IMAGE), "mask": np.ones(SHAPE[1:], bool).tolist()}
     (result,) = _impute(client, everything, encoding="list", particles=300)["results"]
     (score,) = _score(client, everything, particles=300)["results"]
