@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from model.evaluate import CHUNK, in_chunks
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import finish, score
+from model.likelihood import Scores, finish, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective, ascend
@@ -29,7 +30,7 @@ from model.stack import NoisePerModel, stacked
 
 BATCH = 100
 SHAPE = (1, 28, 28)
-WARMING, STACK = 3, 8
+WARMING, STACK, SCORED = 3, 8, 64
 
 
 def main() -> None:
@@ -64,11 +65,11 @@ def main() -> None:
         "step of one",
     )
     sides = {
-        "evaluation": _evaluation(device, particles=5000, count=10),
-        "products": _forward_products(10 * 64 * math.ceil(5000 / 64), device),
+        "evaluation": _evaluation(device, particles=5000),
+        "products": _forward_products(SCORED * 64 * math.ceil(5000 / 64), device),
     }
     times = _interleaved(sides, max(5, said.rounds // 4), device)
-    _print(show, "log p(x) of 10 images, K = 5000", times, "evaluation")
+    _print(show, f"log p(x) of {SCORED} images, K = 5000", times, "evaluation")
     show.print(f"{said.precision} precision, {device}, {torch.get_num_threads()} threads")
 
 
@@ -174,26 +175,25 @@ def _products(rows: int, device: torch.device, *, back: float) -> Callable[[], o
 
 def _forward_products(rows: int, device: torch.device) -> Callable[[], object]:
     weights = [torch.randn(o, i, device=device) for i, o in ((40, 300), (300, 300), (300, 784))]
-    inputs = [torch.randn(640, w.shape[1], device=device) for w in weights]
+    inputs = [torch.randn(64 * CHUNK, w.shape[1], device=device) for w in weights]
 
     def products() -> None:
-        for _ in range(rows // 640):
+        for _ in range(rows // (64 * CHUNK)):
             for w, x in zip(weights, inputs, strict=True):
                 _ = x @ w.T
 
     return products
 
 
-def _evaluation(device: torch.device, *, particles: int, count: int) -> Callable[[], object]:
+def _evaluation(device: torch.device, *, particles: int) -> Callable[[], object]:
     model = _model(device).compiled().requires_grad_(requires_grad=False)
-    images = Incomplete.complete(_images(device).values[:count])
-    noise = NoisePerImage.of(0, range(count))
+    images = Incomplete.complete(_images(device).values[:SCORED])
 
-    @torch.inference_mode()
-    def evaluate() -> None:
-        finish(score(model, images, noise, particles=particles, proposal="own"))
+    def work(index: Tensor) -> Scores:
+        noise = NoisePerImage.of(0, index.tolist())
+        return finish(score(model, images[index], noise, particles=particles, proposal="own"))
 
-    return evaluate
+    return lambda: list(in_chunks(work, SCORED, "", Console(quiet=True)))
 
 
 def _interleaved(

@@ -12,6 +12,7 @@ The masks of the last go from the one that was trained on to kinds that were nev
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
 
-__all__ = ["MASKS", "evaluate", "picture"]
+__all__ = ["CHUNK", "MASKS", "evaluate", "in_chunks", "picture"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
@@ -160,7 +161,7 @@ class _Test:
             noise = NoisePerImage.of(self.seed, index.tolist())
             return finish(score(model, images, noise, particles=particles, proposal="own"))
 
-        scores = [s.log_likelihood for s in _in_chunks(work, len(truth), title, self.show)]
+        scores = [s.log_likelihood for s in in_chunks(work, len(truth), title, self.show)]
         return {
             "what": "test log p(x) of complete images, nats an image",
             **_summary(scores),
@@ -189,7 +190,7 @@ class _Test:
             )
             return finish(stages)
 
-        scores = list(_in_chunks(work, len(truth), f"{spec}, {proposal}", self.show))
+        scores = list(in_chunks(work, len(truth), f"{spec}, {proposal}", self.show))
         conditional = [s.conditional for s in scores if s.conditional is not None]
         missing = (~hidden.observed).sum().item() / len(truth)
         summary = _summary(conditional)
@@ -231,13 +232,23 @@ def _summary(estimates: Sequence[Estimate]) -> dict[str, Any]:
     }
 
 
-def _in_chunks(
+def in_chunks(
     work: Callable[[Int[Tensor, " chunk"]], Scores], count: int, title: str, show: Console
 ) -> Iterator[Scores]:
+    """The scores of chunks, of which as many are worked on at a time as PyTorch has threads.
+
+    One thread a chunk: what is small is then not waited for by the other threads.
+    """
+    threads = torch.get_num_threads()
+
+    def alone(index: Int[Tensor, " chunk"]) -> Scores:
+        with torch.inference_mode():
+            return work(index)
+
     chunks = torch.arange(count).split(CHUNK)
-    with torch.inference_mode():
-        for index in track(chunks, title, console=show, disable=not show.is_terminal):
-            yield work(index)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = pool.map(alone, chunks)
+        yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)
 
 
 def _test_images(card: Card, seed: int) -> Float[Tensor, "count channels height width"]:

@@ -8,6 +8,7 @@ Every network is rebuilt from its name in `ENCODERS` or `DECODERS` and its argum
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
@@ -58,7 +59,7 @@ class MlpDecoder(nn.Module):
         self, latents: Float[Tensor, "*batch latent"]
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
-        return self.layers(latents).unflatten(-1, self.image_shape)
+        return _through(self.layers, latents).unflatten(-1, self.image_shape)
 
 
 class Gaussian(nn.Module):
@@ -164,6 +165,21 @@ def _convolution(
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _through(layers: nn.Sequential, inputs: Float[Tensor, "*batch inputs"]) -> Tensor:
+    """The layers' outputs, in place where nobody needs what was there for a gradient."""
+    if torch.is_grad_enabled():
+        return layers(inputs)
+    rows = inputs.flatten(0, -2)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            rows = (rows @ layer.weight.T).add_(layer.bias)
+        elif isinstance(layer, nn.Tanh):
+            rows = rows.tanh_()
+        else:
+            rows = layer(rows)
+    return rows.unflatten(0, inputs.shape[:-1])
 
 
 def _mlp(widths: Sequence[int], generator: Generator) -> nn.Sequential:
