@@ -199,9 +199,10 @@ def _follow(
     seeds: int,
     **changes: Any,
 ) -> tuple[list[Path], list[Card]]:
+    for name, count in (("threads", threads), ("seeds", seeds)):
+        if count is not None and count < 1:
+            raise RecipeError(f"Expected {name} of at least 1; got {count}.")
     if threads is not None:
-        if threads < 1:
-            raise RecipeError(f"Expected threads of at least 1; got {threads}.")
         torch.set_num_threads(threads)
     if recipe is None and resume and out and (out / RECIPE).exists():
         asked = stored_recipe(out / RECIPE, **changes)

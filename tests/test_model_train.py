@@ -899,6 +899,7 @@ def test_command_goes_on_without_a_recipe(bars: str, tmp_path: Path) -> None:
         (["--data=nowhere"], "got 'nowhere'"),
         (["--data=mnist", "--missing=rain"], "got 'rain'"),
         (["--data=mnist", "--threads=0"], "Expected threads of at least 1; got 0."),
+        (["--data=mnist", "--seeds=0"], "Expected seeds of at least 1; got 0."),
         (["--data=mnist", "--batch=0"], "Expected batch of at least 1; got 0."),
     ],
 )
