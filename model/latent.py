@@ -13,8 +13,10 @@ Nobody outside `Architecture.build` and `encode` knows how many stochastic layer
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -147,7 +149,8 @@ class LatentVariableModel(nn.Module):
 
     def compiled(self) -> "LatentVariableModel":
         """The same model, which sums pixels in machine code where there is a compiler for it."""
-        if shutil.which(os.environ.get("CXX", "g++")) is not None:
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        if shutil.which(os.environ.get("CXX", "g++")) is not None and header.exists():
             sums = torch.compile(bernoulli_sums, dynamic=False)
             self.likelihood = replace(self.likelihood, compiled=sums)
         return self

@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from model.masks import Incomplete
 from model.noise import Noise
 from model.pixels import Bernoulli, bernoulli_sums
+from tests.conftest import fixed_model
 
 assert_agree = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 LIKE = torch.zeros((), dtype=torch.float64)
@@ -71,3 +73,16 @@ def test_an_image_without_a_hole_or_with_nothing_else():
     assert (density[1] == 0).all()
     assert (density[0] < 0).all()
     assert (expected[1] < 0).all()
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "header"])
+def test_without_a_compiler_the_plain_sums_are_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str
+):
+    """Neither a missing compiler nor missing headers of Python keep a model from being used."""
+    if lacking == "compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    else:
+        monkeypatch.setattr("sysconfig.get_path", lambda _name: str(tmp_path))
+
+    assert fixed_model().compiled().likelihood.compiled is None
