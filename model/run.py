@@ -208,7 +208,7 @@ class Run:
         It is done again from its beginning if it is left before its end, and not at all if it is
         done or the recipe has no steps of it.
         """
-        if self.polished or not self.team.leads:
+        if not self.team.leads or self.polished:
             return
         started, size = time.monotonic(), self.recipe.batch
 

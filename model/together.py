@@ -64,7 +64,7 @@ class Together:
             for index, (run, part) in enumerate(zip(self.runs, parts, strict=True)):
                 part.copy_(whole[index])
                 run.state.optimizer.state[part] = {
-                    name: value if name == "step" else value[index].clone()
+                    name: (value if name == "step" else value[index]).clone()
                     for name, value in moments.items()
                 }
 
