@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ def train(
         Diverged: The bound became NaN or infinite; the last good state is kept.
         Interrupted: SIGINT or SIGTERM came, or the minutes are over; the state is saved.
     """
-    until = time.monotonic() + 60 * minutes
-    with _stop_signals() as received, _matmul_precision(recipe.precision):
+    with _limit(minutes) as limit, _matmul_precision(recipe.precision):
         team = Team.joined()
         _refuse_another(folder, recipe, resume=resume)
         team.wait()
@@ -76,26 +75,16 @@ def train(
         run.begin()
         show = console or Console(stderr=True)
 
-        def over() -> bool:
-            # A validation begins anew whenever it is left: only a signal may not wait for it.
-            return bool(received) or (time.monotonic() >= until and not run.validating)
-
-        def stopped() -> Interrupted:
-            status = 128 + received[0] if received else MORE_TO_DO
-            return Interrupted(f"Stopped after step {run.state.step}.", status)
-
         with _curves(run) as draw, _progress(show, run) as progress:
             for metrics in run.rest():
                 progress(metrics)
                 draw(metrics)
-                stop, due = team.any(over(), run.due)
+                stop, due = team.any(limit.over(run), run.due)
                 if stop or due:
                     run.save()
                 if stop:
-                    raise stopped()
-        for _ in run.polish():
-            if over():
-                raise stopped()
+                    raise limit.stopped(run)
+        _polish(run, limit)
         team.wait()
         return run.up_to_date_card()
 
@@ -117,15 +106,8 @@ def train_seeds(
     Raises:
         RecipeError, DataError, Diverged, Interrupted: As of `train`.
     """
-    until, show = time.monotonic() + 60 * minutes, console or Console(stderr=True)
-    runs: list[Run] = []
-    with _stop_signals() as received, _matmul_precision(recipe.precision):
-
-        def status() -> int | None:
-            if received:
-                return 128 + received[0]
-            return MORE_TO_DO if time.monotonic() >= until else None
-
+    show, runs = console or Console(stderr=True), list[Run]()
+    with _limit(minutes) as limit, _matmul_precision(recipe.precision):
         for seed in range(recipe.seed, recipe.seed + seeds):
             place, each = folder / f"seed-{seed}", replace(recipe, seed=seed)
             _refuse_another(place, each, resume=resume)
@@ -134,27 +116,33 @@ def train_seeds(
         while left := [run for run in runs if not run.finished]:
             least = min(run.state.step for run in left)
             behind = [run for run in left if run.state.step == least]
-            _together(behind, status)
+            _together(behind, limit)
             for run in behind:
                 metrics = finish(run.end_epoch())
                 show.print(f"seed {run.recipe.seed}, {_said(metrics, run)}")
         for run in runs:
-            finish(run.polish())
+            _polish(run, limit)
         return [run.up_to_date_card() for run in runs]
 
 
-def _together(runs: Sequence[Run], status: Callable[[], int | None]) -> None:
+def _together(runs: Sequence[Run], limit: "_Limit") -> None:
     """Takes the runs, which are at the same step, to the end of their epoch."""
-    together = Together(runs)
+    together, lead = Together(runs), runs[0]
     for _ in together.rest():
-        stop = status()
-        if stop is not None or runs[0].due:
+        stop = limit.over(lead)
+        if stop or lead.due:
             together.scatter()
             for run in runs:
                 run.save()
-        if stop is not None:
-            raise Interrupted(f"Stopped after step {runs[0].state.step}.", stop)
+        if stop:
+            raise limit.stopped(lead)
     together.scatter()
+
+
+def _polish(run: Run, limit: "_Limit") -> None:
+    for _ in run.polish():
+        if limit.over(run):
+            raise limit.stopped(run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,6 +221,31 @@ def _refuse_another(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         )
     if changed := differences(stored_recipe(folder / RECIPE), recipe):
         raise RecipeError(f"The run in {folder} has another recipe. {changed}")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """What ends a training before it is done."""
+
+    received: Sequence[int]
+    """The numbers of the signals that have asked the process to stop."""
+    until: float
+
+    def over(self, run: Run) -> bool:
+        """Whether to stop here; a validation, which would begin anew, only a signal breaks off."""
+        return bool(self.received) or (time.monotonic() >= self.until and not run.validating)
+
+    def stopped(self, run: Run) -> Interrupted:
+        """What to raise once the run is saved."""
+        status = 128 + self.received[0] if self.received else MORE_TO_DO
+        return Interrupted(f"Stopped after step {run.state.step}.", status)
+
+
+@contextmanager
+def _limit(minutes: float) -> Generator[_Limit]:
+    until = time.monotonic() + 60 * minutes
+    with _stop_signals() as received:
+        yield _Limit(received, until)
 
 
 @contextmanager
