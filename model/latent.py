@@ -14,9 +14,10 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -38,6 +39,11 @@ from model.proposal import (
 from model.weights import resample
 
 __all__ = ["Architecture", "LatentVariableModel", "Particles"]
+
+
+T = TypeVar("T")
+CACHED_ROWS = 1024
+"""Particles that are decoded at once on a CPU where nobody keeps their pixels."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class LatentVariableModel(nn.Module):
         """The same model, which sums pixels in machine code where there is a compiler for it."""
         header = Path(sysconfig.get_path("include"), "Python.h")
         if shutil.which(os.environ.get("CXX", "g++")) is not None and header.exists():
-            sums = torch.compile(bernoulli_sums, dynamic=False)
+            sums = torch.compile(bernoulli_sums)
             self.likelihood = replace(self.likelihood, compiled=sums)
         return self
 
@@ -226,16 +232,34 @@ class LatentVariableModel(nn.Module):
         sample = self.likelihood.sample(logits, noise.uniform(*logits.shape, like=logits))
         return torch.where(images.observed[:, None], images.values[:, None], sample)
 
-    def particles(self, images: Incomplete, proposal: Proposal, latents: Latents) -> Particles:
-        """The log-densities of these latents, which the proposal drew."""
-        logits = self.decode(latents)
-        return Particles(
-            latents,
-            self.likelihood.log_density(logits, images),
-            self.prior.log_density(latents),
-            proposal,
-            logits,
-        )
+    def particles(
+        self, images: Incomplete, proposal: Proposal, latents: Latents, *, keep: bool = True
+    ) -> Particles:
+        """The log-densities of these latents, which the proposal drew.
+
+        Who does not look at the decoder's output need not keep it.
+        """
+        if keep:
+            logits = self.decode(latents)
+            density = self.likelihood.log_density(logits, images)
+        else:
+            parts = self.by_pieces(self.likelihood.log_density, latents, images)
+            logits, density = None, torch.cat(parts)
+        log_prior = self.prior.log_density(latents)
+        return Particles(latents, density, log_prior, proposal, logits)
+
+    def by_pieces(
+        self, of: Callable[[Pixels, Incomplete], T], latents: Latents, images: Incomplete
+    ) -> list[T]:
+        """A function of the decoder's output and the images, of a few images at a time.
+
+        Their pixels then fill the caches of a CPU, not more.
+        """
+        count = len(images)
+        whole = self.stack or latents.device.type != "cpu"
+        at_once = count if whole else max(1, CACHED_ROWS // latents.shape[1])
+        parts = torch.arange(count, device=latents.device).split(at_once)
+        return [of(self.decode(latents[part]), images[part]) for part in parts]
 
     def sample(self, count: int, noise: Noise) -> Float[Tensor, "batch channels height width"]:
         """Images from the model itself."""

@@ -44,6 +44,8 @@ __all__ = [
 BLOCK = 64
 """Particles that are drawn and decoded at once. Every block is whole, whatever is asked for, so
 that the same particle has the same bits in every request."""
+AT_ONCE = 4
+"""Blocks that are worked on together where only their weights are looked at."""
 
 T = TypeVar("T")
 Stages = Generator[None, None, T]
@@ -113,13 +115,19 @@ def blocks(
     *,
     particles: int,
     proposal: str = "adapted",
+    keep: bool = True,
 ) -> Iterator[Particles]:
-    """So many particles of each image in blocks; more of them begin with the same ones."""
+    """So many particles of each image in blocks; more of them begin with the same ones.
+
+    Where the decoder's output is not kept there is room for several blocks at once.
+    """
     distribution = PROPOSALS[proposal](model, images, noise.at("proposal"))
-    for index in range(math.ceil(particles / BLOCK)):
-        latents = distribution.draw(BLOCK, noise.at("block", index))
-        whole = model.particles(images, distribution, latents)
-        yield _first(whole, particles - index * BLOCK)
+    count, at_once = math.ceil(particles / BLOCK), 1 if keep else AT_ONCE
+    for first in range(0, count, at_once):
+        group = range(first, min(first + at_once, count))
+        drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
+        whole = model.particles(images, distribution, torch.cat(drawn, 1), keep=keep)
+        yield _first(whole, particles - first * BLOCK)
 
 
 def score(
@@ -134,7 +142,8 @@ def score(
     """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o)."""
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
-    for block in blocks(model, images, noise, particles=particles, proposal=proposal):
+    keep = truth is not None
+    for block in blocks(model, images, noise, particles=particles, proposal=proposal, keep=keep):
         log_w = block.log_weights
         sums = sums.update(log_w)
         if truth is not None:
@@ -202,7 +211,7 @@ class Predictive:
 
 
 def _first(whole: Particles, count: int) -> Particles:
-    if count >= BLOCK:
+    if count >= whole.latents.shape[1]:
         return whole
     return replace(
         whole,

@@ -292,22 +292,12 @@ def bound(
     return objective.bound(_decoded(model, images, proposal, latents)).detach()
 
 
-CACHED_ROWS = 1000
-"""Particles that are decoded at once on a CPU: their pixels fill its caches, not more."""
-
-
 def _decoded(
     model: LatentVariableModel, images: Incomplete, proposal: Proposal, latents: Latents
 ) -> Particles:
     """The particles, with log p(x_o | z) as a leaf of its own."""
-    count = len(images)
-    whole = model.stack or latents.device.type != "cpu"
-    at_once = count if whole else max(1, CACHED_ROWS // latents.shape[1])
     with torch.no_grad():
-        parts = [
-            model.likelihood.log_densities(model.decode(latents[part]), images[part])
-            for part in torch.arange(count, device=latents.device).split(at_once)
-        ]
+        parts = model.by_pieces(model.likelihood.log_densities, latents, images)
     density, expected = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return Particles(
         latents,

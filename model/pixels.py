@@ -30,25 +30,26 @@ def bernoulli_sums(
     """⟨x_o, l⟩ − Σ_o softplus(l) and, if asked for, Σ_m (σ(l)·l − softplus(l)), a row a particle.
 
     With e = exp(−|l|), softplus(l) = max(l, 0) + log(1 + e), and a sum of such logarithms is the
-    logarithm of a product of numbers between one and two.
+    logarithm of a product. A particle's pixels are summed in short runs, whose sums and products
+    are one loop.
     """
-    x, here = seen[:, None], observed[:, None]
-    decay = (-logits.abs()).exp()
-    factors, positive = 1 + decay, logits.clamp(min=0)
-    density = (x * logits - here * positive).sum(-1) - _sum_of_logs(factors, here > 0)
+    pixels = logits.shape[-1]
+    size = max(d for d in range(1, LONGEST + 1) if pixels % d == 0)
+    runs = logits.unflatten(-1, (-1, size))
+    x, here = (plane[:, None].unflatten(-1, (-1, size)) for plane in (seen, observed))
+    decay, positive = (-runs.abs()).exp(), runs.clamp(min=0)
+    linear = (x * runs - here * positive).sum(-1)
+    density = (linear - (1 + here * decay).prod(-1).log()).sum(-1)
     if not missing:
         return (density,)
-    mean = torch.where(logits >= 0, 1.0, decay) / factors
-    expected = ((1 - here) * (mean * logits - positive)).sum(-1)
-    return density, expected - _sum_of_logs(factors, here <= 0)
+    there = 1 - here
+    mean = torch.where(runs >= 0, 1.0, decay) / (1 + decay)
+    linear = (there * (mean * runs - positive)).sum(-1)
+    return density, (linear - (1 + there * decay).prod(-1).log()).sum(-1)
 
 
-@typing.no_type_check
-def _sum_of_logs(factors: Tensor, where: Tensor) -> Tensor:
-    """The sum of some logarithms by products of at most 120, which in single precision fit."""
-    kept = torch.where(where, factors, 1.0)
-    size = max(d for d in range(1, 121) if factors.shape[-1] % d == 0)
-    return kept.unflatten(-1, (-1, size)).prod(-1).log().sum(-1)
+LONGEST = 120
+"""Numbers between one and two whose product fits in single precision."""
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,20 @@ def test_the_truth_under_the_mask_is_all_that_matters():
     assert torch.equal(clean.conditional.value, other.conditional.value)
 
 
+@pytest.mark.parametrize("particles", [300, 1024])
+def test_what_is_not_kept_is_not_missed(particles: int):
+    """Without the decoder's output the estimate is the same, in groups of blocks and by pieces."""
+    model, images = fixed_model(), some_incomplete(count=9)
+    alone = _score(model, images, particles=particles, proposal="own").log_likelihood
+    beside = _score(
+        model, images, particles=particles, proposal="own", truth=images.values
+    ).log_likelihood
+
+    torch.testing.assert_close(alone.value, beside.value, rtol=0, atol=1e-12)
+    assert alone.particles == beside.particles == particles
+    torch.testing.assert_close(alone.pareto_k, beside.pareto_k, rtol=0, atol=1e-9)
+
+
 def test_the_bound_grows_with_the_particles():
     """E log p̂ of 1, 2, 4, … 64 particles rises to log p(x_o): over the same particles, surely."""
     model, images = fixed_model(), some_incomplete()
