@@ -1,7 +1,7 @@
 """Training a table, cell by cell, in slices that may stop at any time.
 
 A cell is a run's folder, trained by `miss-iwem train` in a process of its own, a slice of minutes
-at a time; then its checkpoint is scored, and the card is copied to the results.
+at a time; then its checkpoint is scored, and the card and the metrics are copied to the results.
 What is done stays done: whoever calls again goes on from there, also with another budget, another
 number of processes, or on another machine to which the folder was moved.
 """
@@ -17,7 +17,8 @@ from rich.console import Console
 
 from model import checkpoint
 from model.checkpoint import CARD, CheckpointError
-from model.run import CHECKPOINT
+from model.curves import SUFFIX, variances
+from model.run import CHECKPOINT, METRICS
 from model.tables import Cell, page
 from model.train import MORE_TO_DO
 
@@ -42,7 +43,7 @@ def reproduce(
 ) -> bool:
     """Trains and scores what is not done yet, within the minutes; whether all is done.
 
-    The page of results is written in any case.
+    The page of results and its picture are written in any case.
     """
     until = time.monotonic() + 60 * minutes
     results = docs / "results"
@@ -57,6 +58,7 @@ def reproduce(
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(work, cells))
     (docs / "results.md").write_text(page(results))
+    variances(results, docs / "variances.png")
     return all(done)
 
 
@@ -94,6 +96,7 @@ def _scored(place: Place, call: Call) -> str:
         status = call(["evaluate", str(folder), "--scores=raw,tight"])
         if status != 0:
             return f"scoring ended with status {status}"
+    shutil.copyfile(place.run / METRICS, place.result.with_suffix(SUFFIX))
     part = place.result.with_suffix(".part")
     shutil.copyfile(folder / CARD, part)
     part.replace(place.result)

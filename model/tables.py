@@ -75,6 +75,23 @@ TABLES: dict[str, Table] = {
             "warm-dreg": {**WARM_DREG, "polish_steps": 3000},
         },
     ),
+    "findings": Table(
+        title="What carries the gain: one change at a time",
+        rows={"patches-6": (None,) * 5},
+        columns={
+            "iwem": {"objective": "iwem"},
+            "iwem-woa": {"objective": "iwem-woa"},
+            "dreg": {"objective": "iwem-woa", "p_step": "dreg"},
+            "two-pass-warm-dreg": {**WARM_DREG, "objective": "miss-iwem-woa"},
+            "mixture-warm-wake": {
+                **WARM_DREG,
+                "objective": "miss-iwem-woa",
+                "p_step": "wake",
+                "imputations": 4,
+                "first_pass": True,
+            },
+        },
+    ),
 }
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -162,11 +179,14 @@ Test log p(x) of complete images in nats, the mean over the test set; higher is 
 `raw` is by the model's own encoder, as in the slides; `tight` by an encoder that was refitted on
 the test images while the decoder stayed as it was, which tells a loose bound from a bad model.
 ± is the standard error over images; ESS is the median effective sample size.
+A cell's `.metrics.jsonl` has its epochs, and `variances.png` shows how much an image's ELBO and Q̂
+vary along them.
 The slides' numbers are those of Kim, Hwang and Kim (2020); the order of their columns IWEM and
 IWEM-woa for complete images is uncertain.
 `warm-dreg` is a column of our own: IWEM without annealing, with the DReG P-step and a
 warm-up of the latents' cost; on images with holes these are filled with zeros, and afterwards
-the encoder is polished on the model's completions.
+the encoder is polished on the model's completions. What the columns of the last table change,
+and what is to be learned from them, is in [the findings](findings.md).
 
 A cell alone is `miss-iwem reproduce missing --only patches-6.miss-iwae`. That command writes this
 page from the cards in `docs/results/`; do not edit it.

@@ -104,9 +104,11 @@ def evaluate(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="complete or missing.")],
+    table: Annotated[str, typer.Argument(help="complete, missing or findings.")],
     *,
-    only: Annotated[str, typer.Option(help="Words, of which a cell's name must have one.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A part of the names of the cells that are wanted.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time, such as 2h or 30m.")] = "2h",
     schedule: Annotated[str, typer.Option(help="slides, or short: fewer epochs.")] = "short",
     seeds: Annotated[int, typer.Option(help="Trainings of each cell.")] = 1,
@@ -125,9 +127,9 @@ def reproduce(
     units = {"h": 60, "m": 1}
     if budget[-1:] not in units or not budget[:-1].isdecimal():
         _fail(f"Expected a budget such as 2h or 30m; got {budget!r}.")
-    chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only.split()))
+    chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only or ()))
     if not chosen:
-        _fail(f"Expected words that are in the name of a cell; got {only!r}.")
+        _fail(f"Expected parts of the names of cells; got {', '.join(only or ())!r}.")
     run(
         chosen,
         lambda words: subprocess.call([sys.executable, "-m", "service", *words]),

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from model import checkpoint
@@ -35,6 +36,13 @@ def test_every_cell_is_a_recipe_that_can_be_followed(cell: Cell) -> None:
     assert cell.row in shipped()
     assert cell.recipe.objective == TABLES[cell.table].columns[cell.column]["objective"]
     assert cell.recipe.redraw == ("redraw" in cell.row)
+
+
+def test_one_name_is_one_training() -> None:
+    """Cells of different tables that share a name, and so a folder, train the same."""
+    recipes = {(cell.name, cell.recipe) for cell in CELLS}
+
+    assert len(recipes) == len({cell.name for cell in CELLS})
 
 
 def test_the_slides_schedule_is_the_slides_protocol() -> None:
@@ -83,6 +91,9 @@ class Machine:
             data={"name": "static-mnist"},
             training={"epochs": 60, "best_epoch": 58, "seconds": 99, "device": "CPU"},
         )
+        metrics = {"epoch": 0, "elbo_variance": 2.5, "q_hat_variance": 1.5}
+        (self.folder / CELL.name).mkdir(exist_ok=True)
+        (self.folder / CELL.name / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
         checkpoint.write(
             self.folder / CELL.name / "checkpoint", Checkpoint(SMALL.build(Noise(0)), card)
         )
@@ -119,6 +130,10 @@ def test_a_cell_is_trained_in_slices_and_then_scored(tmp_path: Path) -> None:
     assert len(machine.calls) == 4
     card = json.loads((tmp_path / f"docs/results/{CELL.name}.json").read_text())
     assert card["results"]["tight"] == SCORE
+    metrics = (tmp_path / f"docs/results/{CELL.name}.metrics.jsonl").read_text()
+    assert metrics == (tmp_path / CELL.name / "metrics.jsonl").read_text()
+    with Image.open(tmp_path / "docs/variances.png") as picture:
+        assert picture.format == "PNG"
 
 
 @pytest.mark.parametrize("machine", [{"slices": 1, "scoring": 1}, {"slices": 10**9}])
