@@ -263,7 +263,7 @@ def parser() -> ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="The run's folder. Default: runs/ and its name.")
     add("--resume", action="store_true", help="Go on with the run in the folder, if there is one.")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N. Default: auto.")
-    add("--threads", type=int, metavar="N", help="Of the CPU. Default: as PyTorch chooses.")
+    add("--threads", type=int, metavar="N", help="Threads of the CPU.")
     add(
         "--minutes",
         type=float,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.app import create_app
-from service.settings import Settings
+from service.settings import Settings, processors
 
 __all__ = ["app", "serve"]
 
@@ -66,7 +66,7 @@ def train(context: typer.Context) -> None:
     """Train a model: RECIPE, or --data with --missing; --help lists everything."""
     from model.train import main  # noqa: PLC0415  (the service needs no training code)
 
-    sys.exit(main(context.args))
+    sys.exit(main([f"--threads={max(1, int(processors()))}", *context.args]))
 
 
 @app.command()
@@ -78,7 +78,7 @@ def evaluate(
     particles: Annotated[int, typer.Option(help="Particles of the predictive score.")] = 1000,
     raw_images: Annotated[int | None, typer.Option(help="Of `raw` and `tight`; all.")] = None,
     raw_particles: Annotated[int, typer.Option(help="Of `raw` and `tight`.")] = 5000,
-    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a processor.")] = None,
     seed: int = 0,
 ) -> None:
     """Measure a checkpoint on its test images and write the results into its card."""
@@ -86,7 +86,7 @@ def evaluate(
 
     from model.evaluate import evaluate as measure  # noqa: PLC0415
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or max(1, int(processors())))
     try:
         card = measure(
             folder,
@@ -111,9 +111,11 @@ def reproduce(
     ] = None,
     budget: Annotated[str, typer.Option(help="Time, such as 2h or 30m.")] = "2h",
     schedule: Annotated[str, typer.Option(help="slides, or short: fewer epochs.")] = "short",
-    seeds: Annotated[int, typer.Option(help="Trainings of each cell.")] = 1,
-    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads of each.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each cell.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each; as many as share the processors.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     docs: Annotated[Path, typer.Option(help="Where results.md and results/ go.")] = Path("docs"),
 ) -> None:
@@ -137,7 +139,7 @@ def reproduce(
         docs=docs,
         minutes=int(budget[:-1]) * units[budget[-1]],
         jobs=jobs,
-        threads=threads,
+        threads=threads or max(1, int(processors() / jobs)),
         console=Console(highlight=False),
     )
 

@@ -69,6 +69,22 @@ def test_flags_are_settings(served: dict[str, Any]):
     assert served["timeout_graceful_shutdown"] == settings.drain
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], "--threads=1"), (["--threads=3"], "--threads=3"), (["--threads", "3"], "3")],
+)
+def test_training_keeps_to_the_quota(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], expected: str
+):
+    """Without --threads it has as many threads as whole processors; what is given goes last."""
+    heard: list[str] = []
+    monkeypatch.setattr(cli, "processors", lambda: 1.5)
+    monkeypatch.setattr("model.train.main", lambda words: heard.extend(words) or 0)
+
+    assert _call("train", "patches-6", *given).exit_code == 0
+    assert [word for word in heard if word != "patches-6"][-1] == expected
+
+
 def test_the_environment_holds_where_no_flag_is(
     served: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
