@@ -94,19 +94,19 @@ TABLES: dict[str, Table] = {
     ),
 }
 
+REDUCED = {
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "anneal_epochs": 10,
+    "precision": "medium",
+}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "slides": {},
-    "short": {
-        "epochs": 60,
-        "learning_rate": 1e-3,
-        "schedule": "cosine",
-        "anneal_epochs": 10,
-        "patience": 60,
-        "precision": "medium",
-    },
+    "short": {**REDUCED, "epochs": 60, "patience": 60},
+    "long": {**REDUCED, "epochs": 240, "patience": 240},
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
-that two processor cores finish in less than an hour a cell."""
+that two processor cores finish in less than an hour a cell, and `long` one of four times that."""
 
 
 @dataclass(frozen=True)
