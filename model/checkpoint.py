@@ -124,7 +124,7 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
     try:
         model = card.architecture.build(Noise(0))
         model.load_state_dict(load(weights))
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"Expected weights of the architecture in {folder.name}'s card; got {error}"
         ) from error

@@ -23,11 +23,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.factor_analysis import FactorAnalysis
 from model.masks import Incomplete
-from model.networks import DECODERS, ENCODERS, Gaussian, ImageShape
+from model.networks import DECODERS, ENCODERS, Gaussian, ImageShape, LinearDecoder
 from model.noise import Noise, Source
-from model.pixels import LIKELIHOODS, Bernoulli, PerParticle, Pixels, bernoulli_sums
+from model.pixels import (
+    LIKELIHOODS,
+    Bernoulli,
+    GaussianPixels,
+    Likelihood,
+    PerParticle,
+    Pixels,
+    bernoulli_sums,
+)
 from model.proposal import (
+    CorrelatedMixture,
     GaussianMixture,
     Latents,
     Prior,
@@ -42,6 +52,7 @@ __all__ = ["Architecture", "LatentVariableModel", "Particles"]
 
 
 T = TypeVar("T")
+EXACT = "exact"
 CACHED_ROWS = 1024
 """Particles that are decoded at once on a CPU where nobody keeps their pixels."""
 
@@ -88,6 +99,7 @@ class Architecture:
     upper: int = 0
     """Latents of a second stochastic layer above them; 0 is none."""
     encoder: str = "mlp"
+    """Or exact: a linear decoder and Gaussian pixels need none."""
     decoder: str = "mlp"
     hidden: tuple[int, ...] = (300, 300)
     """Widths of the layers between; of gated-conv those between the latents and the planes."""
@@ -103,18 +115,30 @@ class Architecture:
         return self.latent + self.upper
 
     def build(self, noise: Noise) -> "LatentVariableModel":
-        """A model with fresh weights."""
+        """A model with fresh weights.
+
+        Raises:
+            ValueError: There is no such network or likelihood, or the parts do not go together.
+        """
+        exact = self.encoder == EXACT
+        if exact and (self.decoder, self.likelihood, self.upper) != ("linear", "gaussian", 0):
+            raise ValueError(
+                f"Expected a linear decoder, gaussian pixels and one stochastic layer with the "
+                f"{EXACT} encoder; got {self.decoder}, {self.likelihood} and {self.upper} upper "
+                "latents."
+            )
         sizes = {
             "image_shape": self.image_shape,
             "latent": self.latent,
             "hidden": self.hidden,
         }
+        generator = noise.at("encoder").generator()
         return LatentVariableModel(
-            encoder=ENCODERS[self.encoder](**sizes, generator=noise.at("encoder").generator()),
+            encoder=Exact() if exact else ENCODERS[self.encoder](**sizes, generator=generator),
             upper_encoder=self._between(self.latent, self.upper, noise.at("upper encoder")),
             decoder=DECODERS[self.decoder](**sizes, generator=noise.at("decoder").generator()),
             prior=self._prior(noise.at("prior")),
-            likelihood=LIKELIHOODS[self.likelihood](),
+            likelihood=LIKELIHOODS[self.likelihood](self.image_shape),
             architecture=self,
         )
 
@@ -130,6 +154,10 @@ class Architecture:
         return Gaussian((inputs, *self.upper_hidden, 2 * outputs), noise.generator())
 
 
+class Exact(nn.Module):
+    """In place of an encoder, where the posterior is a closed form."""
+
+
 class LatentVariableModel(nn.Module):
     """A prior, a decoder with its likelihood, and an encoder that proposes latents."""
 
@@ -140,7 +168,7 @@ class LatentVariableModel(nn.Module):
         upper_encoder: nn.Module | None,
         decoder: nn.Module,
         prior: Prior,
-        likelihood: Bernoulli,
+        likelihood: Likelihood,
         architecture: Architecture,
     ) -> None:
         super().__init__()
@@ -156,7 +184,8 @@ class LatentVariableModel(nn.Module):
     def compiled(self) -> "LatentVariableModel":
         """The same model, which sums pixels in machine code where there is a compiler for it."""
         header = Path(sysconfig.get_path("include"), "Python.h")
-        if shutil.which(os.environ.get("CXX", "g++")) is not None and header.exists():
+        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        if isinstance(self.likelihood, Bernoulli) and compiler is not None and header.exists():
             sums = torch.compile(bernoulli_sums)
             self.likelihood = replace(self.likelihood, compiled=sums)
         return self
@@ -178,6 +207,23 @@ class LatentVariableModel(nn.Module):
         wider = 0.5 * math.log(self.architecture.proposal_variance)
         mixture = GaussianMixture(mean, log_std + wider)
         return Stacked(mixture, self.upper_encoder) if self.upper_encoder else mixture
+
+    @property
+    def exact(self) -> FactorAnalysis | None:
+        """The model in double precision where its posterior is a closed form; else None."""
+        if not isinstance(self.encoder, Exact):
+            return None
+        assert isinstance(self.decoder, LinearDecoder)
+        assert isinstance(self.likelihood, GaussianPixels)
+        layer = self.decoder.layer
+        variance = (2 * self.likelihood.log_std.double()).exp().flatten()
+        return FactorAnalysis(layer.weight.double(), layer.bias.double(), variance)
+
+    def posterior(self, images: Incomplete) -> CorrelatedMixture:
+        """The exact p(z | x_o) of a model that has one, in the precision of the images."""
+        assert self.exact is not None
+        found = self.exact.posterior(images)
+        return CorrelatedMixture(found.mean.to(images.values), found.factor.to(images.values))
 
     def decode(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch c h w"]:
         """The parameters of p(x | z), a plane a channel."""

@@ -38,6 +38,7 @@ __all__ = [
     "blocks",
     "estimate_of",
     "finish",
+    "proposed",
     "score",
 ]
 
@@ -101,6 +102,13 @@ def _adapted(model: LatentVariableModel, images: Incomplete, noise: Source) -> P
     return model.adapted(images, noise)
 
 
+def proposed(model: LatentVariableModel, images: Incomplete, noise: Source, name: str) -> Proposal:
+    """The proposal of a name, or the posterior itself of a model that has it in closed form."""
+    if model.exact is not None:
+        return model.posterior(images)
+    return PROPOSALS[name](model, images, noise)
+
+
 PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
     "adapted": _adapted,
     "own": _own,
@@ -121,7 +129,7 @@ def blocks(
 
     Where the decoder's output is not kept there is room for several blocks at once.
     """
-    distribution = PROPOSALS[proposal](model, images, noise.at("proposal"))
+    distribution = proposed(model, images, noise.at("proposal"), proposal)
     count, at_once = math.ceil(particles / BLOCK), 1 if keep else AT_ONCE
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))

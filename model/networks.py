@@ -5,6 +5,7 @@ a decoder takes latents to one parameter plane an image channel.
 Every network is rebuilt from its name in `ENCODERS` or `DECODERS` and its arguments.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ __all__ = [
     "GatedConvEncoder",
     "Gaussian",
     "ImageShape",
+    "LinearDecoder",
     "MlpDecoder",
     "MlpEncoder",
 ]
@@ -60,6 +62,31 @@ class MlpDecoder(nn.Module):
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
         return _through(self.layers, latents).unflatten(-1, self.image_shape)
+
+
+class LinearDecoder(nn.Module):
+    """An affine map from latents to the parameters of every pixel."""
+
+    def __init__(
+        self, *, image_shape: ImageShape, latent: int, hidden: Sequence[int], generator: Generator
+    ) -> None:
+        super().__init__()
+        del hidden  # there is nothing between
+        self.image_shape = image_shape
+        self.layers = _mlp((latent, math.prod(image_shape)), generator)
+
+    def forward(
+        self, latents: Float[Tensor, "*batch latent"]
+    ) -> Float[Tensor, "*batch channels height width"]:
+        """The parameters of p(x | z), a plane a channel."""
+        return self.layers(latents).unflatten(-1, self.image_shape)
+
+    @property
+    def layer(self) -> nn.Linear:
+        """The map itself."""
+        (layer,) = self.layers
+        assert isinstance(layer, nn.Linear)
+        return layer
 
 
 class Gaussian(nn.Module):
@@ -199,4 +226,5 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 DECODERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MlpDecoder,
     "gated-conv": GatedConvDecoder,
+    "linear": LinearDecoder,
 }

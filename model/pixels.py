@@ -7,17 +7,26 @@ A likelihood takes the decoder's output, one parameter plane an image channel,
 and never a copy of the image for each particle.
 """
 
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.masks import Incomplete
 
-__all__ = ["LIKELIHOODS", "Bernoulli", "PerParticle", "Pixels", "bernoulli_sums"]
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "GaussianPixels",
+    "Likelihood",
+    "PerParticle",
+    "Pixels",
+    "bernoulli_sums",
+]
 
 PerParticle = Float[Tensor, "batch particles"]
 Pixels = Float[Tensor, "batch particles channels height width"]
@@ -114,4 +123,53 @@ class _BernoulliLogDensity(torch.autograd.Function):
         return slope * gradient[..., None], None, None
 
 
-LIKELIHOODS = {"bernoulli": Bernoulli}
+class GaussianPixels(nn.Module):
+    """Real pixels x_d ~ N(m_d, σ_d²), whose parameters are means; σ_d is the pixel's own."""
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.log_std = nn.Parameter(torch.zeros(image_shape))
+
+    def log_density(self, means: Pixels, images: Incomplete) -> PerParticle:
+        """The logarithm of p(x_o | z)."""
+        standard = (images.values[:, None] - means) * (-self.log_std).exp()
+        each = -0.5 * (standard.square() + math.log(2 * math.pi)) - self.log_std
+        return torch.where(images.observed[:, None], each, 0.0).sum((2, 3, 4))
+
+    def log_density_of(
+        self, means: Pixels, values: Float[Tensor, "batch ..."], where: Bool[Tensor, "batch ..."]
+    ) -> PerParticle:
+        """The log-density of some pixels of known values."""
+        return self.log_density(means, Incomplete.hide(values, where))
+
+    @torch.no_grad()
+    def log_densities(self, means: Pixels, images: Incomplete) -> tuple[PerParticle, PerParticle]:
+        """Without gradient, log p(x_o | z) and E log p(x_m | z) under p(x_m | z) itself."""
+        each = -0.5 * (1 + math.log(2 * math.pi)) - self.log_std
+        expected = torch.where(images.observed, 0.0, each).sum((1, 2, 3))
+        return self.log_density(means, images), expected[:, None].expand(means.shape[:2])
+
+    def mean(self, means: Pixels) -> Pixels:
+        """E[x | z]."""
+        return means
+
+    def mean_square(self, means: Pixels) -> Pixels:
+        """E[x² | z]."""
+        return means.square() + (2 * self.log_std).exp()
+
+    def sample(
+        self,
+        means: Float[Tensor, "*batch channels height width"],
+        uniforms: Float[Tensor, "*batch channels height width"],
+    ) -> Float[Tensor, "*batch channels height width"]:
+        """Pixels x ~ p(x | z), from numbers that are uniform on [0, 1)."""
+        smallest = torch.finfo(uniforms.dtype).eps / 2  # in place of a zero, whose quantile is −∞
+        normals = torch.special.ndtri(uniforms.clamp(min=smallest))
+        return means + self.log_std.exp() * normals
+
+
+Likelihood = Bernoulli | GaussianPixels
+LIKELIHOODS: dict[str, Callable[[tuple[int, int, int]], Likelihood]] = {
+    "bernoulli": lambda _image_shape: Bernoulli(),
+    "gaussian": GaussianPixels,
+}

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.noise import Noise, Source
 
 __all__ = [
+    "Amortised",
+    "CorrelatedMixture",
     "GaussianMixture",
     "Latents",
     "Prior",
@@ -60,12 +62,17 @@ class Proposal(Protocol):
         """The same distribution, through whose parameters no gradient flows."""
         ...
 
+
+@runtime_checkable
+class Amortised(Proposal, Protocol):
+    """A proposal that an encoder made, whose Gaussians may be moved."""
+
     @property
     def lower(self) -> "GaussianMixture":
         """The distribution of the latents that the decoder sees."""
         ...
 
-    def above(self, lower: "GaussianMixture") -> "Proposal":
+    def above(self, lower: "GaussianMixture") -> "Amortised":
         """The same distribution but for that of the latents that the decoder sees."""
         ...
 
@@ -87,10 +94,8 @@ class GaussianMixture:
         normals = noise.at("normal").normal(batch, particles, latent, like=self.mean)
         if components == 1:
             return self.mean + self.log_std.exp() * normals
-        keys = noise.at("component").uniform(
-            batch, -(-particles // components), components, like=self.mean
-        )
-        order = keys.argsort(-1).flatten(1)[:, :particles, None].expand(-1, -1, latent)
+        order = _evenly(components, particles, batch, noise.at("component"), like=self.mean)
+        order = order[..., None].expand(-1, -1, latent)
         return self.mean.gather(1, order) + self.log_std.gather(1, order).exp() * normals
 
     def log_density(self, latents: Latents) -> PerParticle:
@@ -109,11 +114,7 @@ class GaussianMixture:
 
     def divergence(self) -> Float[Tensor, " batch"]:
         """KL(q ‖ N(0, I)) of a single Gaussian."""
-        if self.mean.shape[1] != 1:
-            raise ValueError(
-                "Expected a proposal of one Gaussian for the analytic divergence; "
-                f"got a mixture of {self.mean.shape[1]}."
-            )
+        _one(self.mean)
         variance = (2 * self.log_std).exp()
         terms = self.mean.square() + variance - 1 - 2 * self.log_std
         return 0.5 * terms.sum((1, 2))
@@ -141,6 +142,44 @@ class GaussianMixture:
     def detach(self) -> "GaussianMixture":
         """The mixture with its parameters as constants."""
         return GaussianMixture(self.mean.detach(), self.log_std.detach())
+
+
+@dataclass(frozen=True)
+class CorrelatedMixture:
+    """An even mixture of Gaussians with full covariances F·Fᵀ."""
+
+    mean: Float[Tensor, "batch components latent"]
+    factor: Float[Tensor, "batch components latent latent"]
+    """The lower triangular F of each component."""
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """Latents that use the components evenly, in an order drawn afresh."""
+        batch, components, latent = self.mean.shape
+        normals = noise.at("normal").normal(batch, particles, latent, like=self.mean)
+        order = _evenly(components, particles, batch, noise.at("component"), like=self.mean)
+        rows = torch.arange(batch, device=order.device)[:, None]
+        return self.mean[rows, order] + (self.factor[rows, order] @ normals[..., None])[..., 0]
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The log-density of the whole mixture, computed in float64."""
+        factor, away = self.factor.double(), latents.double()[:, None] - self.mean[:, :, None]
+        standard = torch.linalg.solve_triangular(factor, away.mT, upper=False)
+        scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        exponent = -0.5 * standard.square().sum(-2) - scale[..., None]
+        constant = 0.5 * math.log(2 * math.pi) * latents.shape[-1]
+        mixed = exponent.logsumexp(1) - math.log(self.mean.shape[1]) - constant
+        return mixed.to(latents)
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """KL(q ‖ N(0, I)) of a single Gaussian."""
+        _one(self.mean)
+        trace = self.mean.square().sum((1, 2)) + self.factor.square().sum((1, 2, 3))
+        scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
+        return 0.5 * (trace - self.mean.shape[-1]) - scale
+
+    def detach(self) -> "CorrelatedMixture":
+        """The mixture with its parameters as constants."""
+        return CorrelatedMixture(self.mean.detach(), self.factor.detach())
 
 
 @runtime_checkable
@@ -237,6 +276,22 @@ class Stacked:
             return self.network(z1)
         weights = {name: p.detach() for name, p in self.network.named_parameters()}
         return functional_call(self.network, weights, (z1,))
+
+
+def _one(mean: Float[Tensor, "batch components latent"]) -> None:
+    if mean.shape[1] != 1:
+        raise ValueError(
+            "Expected a proposal of one Gaussian for the analytic divergence; "
+            f"got a mixture of {mean.shape[1]}."
+        )
+
+
+def _evenly(
+    components: int, particles: int, batch: int, noise: Source, *, like: Tensor
+) -> Int[Tensor, "batch particles"]:
+    """Which component each particle is drawn from: all as often, in a random order."""
+    keys = noise.uniform(batch, -(-particles // components), components, like=like)
+    return keys.argsort(-1).flatten(1)[:, :particles]
 
 
 def _log_normal(z: Latents, mean: Tensor, log_std: Tensor) -> PerParticle:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_origin
 
-from model.latent import LIKELIHOODS, Architecture
+from model.latent import Architecture
 from model.masks import MechanismError, mechanism
 from model.networks import DECODERS, ENCODERS
 from model.objectives import M_STEPS, OBJECTIVES, P_SAMPLES, P_STEPS, Objective
@@ -174,7 +174,7 @@ CHOICES: Mapping[str, Collection[str]] = {
     "precision": ("highest", "high", "medium"),
     "encoder": ENCODERS,
     "decoder": DECODERS,
-    "likelihood": LIKELIHOODS,
+    "likelihood": ("bernoulli",),  # pixels of densities are fitted by EM in closed form alone
 }
 LEAST = {
     "particles": 1,

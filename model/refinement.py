@@ -18,7 +18,7 @@ import torch
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import GaussianMixture, Proposal
+from model.proposal import Amortised, GaussianMixture
 
 __all__ = ["Refinement"]
 
@@ -38,8 +38,8 @@ class Refinement:
     """Whether gradient flows through the steps to where they began."""
 
     def refined(
-        self, model: LatentVariableModel, images: Incomplete, proposal: Proposal, noise: Source
-    ) -> Proposal:
+        self, model: LatentVariableModel, images: Incomplete, proposal: Amortised, noise: Source
+    ) -> Amortised:
         """The proposal after the steps."""
         through = self.through and torch.is_grad_enabled()
         mixture = proposal.lower if through else proposal.lower.detach()
@@ -56,7 +56,7 @@ class Refinement:
         self,
         model: LatentVariableModel,
         images: Incomplete,
-        proposal: Proposal,
+        proposal: Amortised,
         noise: Source,
         *,
         through: bool,

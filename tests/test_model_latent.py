@@ -16,6 +16,7 @@ from model.networks import Gaussian
 from model.noise import Noise, Source
 from model.pixels import Bernoulli
 from model.proposal import (
+    Amortised,
     GaussianMixture,
     Proposal,
     Stacked,
@@ -431,16 +432,6 @@ class StandardProposal:
         """Itself, since it has no parameters."""
         return self
 
-    @property
-    def lower(self) -> GaussianMixture:
-        """N(0, I)."""
-        zero = torch.zeros(1, 1, self.prior.latent, dtype=torch.float64)
-        return GaussianMixture(zero, zero)
-
-    def above(self, lower: GaussianMixture) -> Proposal:
-        """The other distribution."""
-        return lower
-
 
 def test_any_proposal_will_do():
     """The particles take whatever keeps the protocol; with the prior w is p(x_o | z)."""
@@ -471,7 +462,7 @@ def test_imputing_keeps_what_was_seen():
     assert set(filled[~seen].unique().tolist()) <= {0.0, 1.0}
 
 
-TWO_PASS: dict[str, Callable[[Incomplete, Source], Proposal]] = {
+TWO_PASS: dict[str, Callable[[Incomplete, Source], Amortised]] = {
     "two_pass": lambda images, noise: fixed_model().two_pass(images, noise, imputations=3),
     "adapted": lambda images, noise: fixed_model().adapted(images, noise, imputations=3),
 }
@@ -479,7 +470,7 @@ TWO_PASS: dict[str, Callable[[Incomplete, Source], Proposal]] = {
 
 @pytest.mark.parametrize("make", TWO_PASS.values(), ids=TWO_PASS.keys())
 def test_with_nothing_missing_every_proposal_is_the_encoders(
-    make: Callable[[Incomplete, Source], Proposal],
+    make: Callable[[Incomplete, Source], Amortised],
 ):
     """There is nothing to impute: each component is q(z | x)."""
     images = Incomplete.complete(some_incomplete().values)

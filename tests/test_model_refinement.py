@@ -10,13 +10,13 @@ from torch import Tensor
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Noise
-from model.proposal import GaussianMixture, Proposal
+from model.proposal import Amortised, GaussianMixture
 from model.refinement import Refinement
 from tests.conftest import copies, fixed_model, small_model, some_incomplete, standard_errors
 
 assert_agree = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 NOISE = Noise(5)
-Propose = Callable[[LatentVariableModel, Incomplete], Proposal]
+Propose = Callable[[LatentVariableModel, Incomplete], Amortised]
 
 PROPOSALS: dict[str, tuple[Propose, int]] = {
     "one Gaussian": (LatentVariableModel.zero_filled, 0),
@@ -32,7 +32,7 @@ every_proposal = pytest.mark.parametrize(
 )
 
 
-def _elbos(model: LatentVariableModel, images: Incomplete, proposal: Proposal) -> Tensor:
+def _elbos(model: LatentVariableModel, images: Incomplete, proposal: Amortised) -> Tensor:
     """Many fresh estimates of each image's ELBO, from particles that no step has seen."""
     latents = proposal.draw(4000, Noise(77))
     return model.particles(images, proposal, latents).log_weights.T
