@@ -14,7 +14,8 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -48,7 +49,17 @@ from model.proposal import (
 )
 from model.weights import resample
 
-__all__ = ["Architecture", "LatentVariableModel", "Particles"]
+__all__ = ["Architecture", "LatentVariableModel", "Particles", "gradients"]
+
+
+@contextmanager
+def gradients() -> Generator[None]:
+    """Where gradients can be asked for, also of a caller in inference mode.
+
+    What was made in that mode must be copied before autograd may keep it.
+    """
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
 
 
 T = TypeVar("T")

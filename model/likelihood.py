@@ -23,10 +23,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from model.laplace import laplace
 from model.latent import LatentVariableModel, Particles, Proposal
 from model.masks import Incomplete
 from model.noise import Source
-from model.weights import RELIABLE_PARETO_K, WeightSums
+from model.proposal import CorrelatedMixture, PriorProposal, Standardised
+from model.refinement import Refinement
+from model.weights import RELIABLE_PARETO_K, WeightSums, resample
 
 __all__ = [
     "BLOCK",
@@ -38,6 +41,7 @@ __all__ = [
     "blocks",
     "estimate_of",
     "finish",
+    "modes",
     "proposed",
     "score",
 ]
@@ -73,6 +77,8 @@ class Estimate:
     """NaN when there were too few particles to tell."""
     particles: int
     estimator: str
+    kind: str
+    """What the number is: a lower bound in expectation, debiased, a ratio of means, or exact."""
 
     @property
     def reliable(self) -> Bool[Tensor, " batch"]:
@@ -93,6 +99,11 @@ def _own(model: LatentVariableModel, images: Incomplete, noise: Source) -> Propo
     return model.two_pass(images, noise, imputations=1)
 
 
+def _prior(model: LatentVariableModel, images: Incomplete, _noise: Source) -> Proposal:
+    """Naive Monte Carlo: it has nothing to do with the image."""
+    return PriorProposal(model.prior, images.values)
+
+
 def _zero_filled(model: LatentVariableModel, images: Incomplete, _noise: Source) -> Proposal:
     return model.zero_filled(images)
 
@@ -102,18 +113,55 @@ def _adapted(model: LatentVariableModel, images: Incomplete, noise: Source) -> P
     return model.adapted(images, noise)
 
 
+def _laplace(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """Gaussians at modes that are near what the encoder proposes."""
+    mixture = modes(model, images, noise)
+    return Standardised(mixture, model.prior) if model.architecture.upper else mixture
+
+
+def _semi_amortised(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """A few steps up the ELBO from what the encoder says."""
+    first = model.two_pass(images, noise.at("first"), imputations=1)
+    return Refinement(steps=20).refined(model, images, first, noise.at("refined"))
+
+
+def _svi(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """Many steps up the ELBO from N(0, I), without what the encoder says of this image."""
+    encoded = model.zero_filled(images)
+    nowhere = encoded.standard_where(torch.ones(len(images), device=images.values.device).bool())
+    return Refinement(steps=200).refined(model, images, nowhere, noise.at("refined"))
+
+
+PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
+    "adapted": _adapted,
+    "laplace": _laplace,
+    "own": _own,
+    "prior": _prior,
+    "semi-amortised": _semi_amortised,
+    "svi": _svi,
+    "zero-filled": _zero_filled,
+}
+
+
+def modes(model: LatentVariableModel, images: Incomplete, noise: Source) -> CorrelatedMixture:
+    """Laplace's mixture over standard latents, begun at likely particles of the encoder's."""
+    encoded = model.two_pass(images, noise.at("encoded"), imputations=IMPUTATIONS)
+    latents = encoded.draw(BLOCK, noise.at("start"))
+    log_w = model.particles(images, encoded, latents, keep=False).log_weights
+    uniforms = noise.at("pick").uniform(len(images), MODES, like=log_w)
+    picked = resample(log_w / SOFTNESS, uniforms)[..., None].expand(-1, -1, latents.shape[-1])
+    return laplace(model, images, model.prior.to_standard(latents.gather(1, picked)))
+
+
+IMPUTATIONS, MODES, SOFTNESS = 16, 4, 5.0
+"""Of the mixture that modes are looked for from; how many; and the root of their weights."""
+
+
 def proposed(model: LatentVariableModel, images: Incomplete, noise: Source, name: str) -> Proposal:
     """The proposal of a name, or the posterior itself of a model that has it in closed form."""
     if model.exact is not None:
         return model.posterior(images)
     return PROPOSALS[name](model, images, noise)
-
-
-PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
-    "adapted": _adapted,
-    "own": _own,
-    "zero-filled": _zero_filled,
-}
 
 
 def blocks(
@@ -122,14 +170,18 @@ def blocks(
     noise: Source,
     *,
     particles: int,
-    proposal: str = "adapted",
+    proposal: str | Proposal = "adapted",
     keep: bool = True,
 ) -> Iterator[Particles]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
     Where the decoder's output is not kept there is room for several blocks at once.
     """
-    distribution = proposed(model, images, noise.at("proposal"), proposal)
+    distribution = (
+        proposed(model, images, noise.at("proposal"), proposal)
+        if isinstance(proposal, str)
+        else proposal
+    )
     count, at_once = math.ceil(particles / BLOCK), 1 if keep else AT_ONCE
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))
@@ -144,7 +196,7 @@ def score(
     noise: Source,
     *,
     particles: int,
-    proposal: str = "adapted",
+    proposal: str | Proposal = "adapted",
     truth: Float[Tensor, "batch channels height width"] | None = None,
 ) -> Stages[Scores]:
     """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o)."""
@@ -174,6 +226,7 @@ def estimate_of(sums: WeightSums) -> Estimate:
         pareto_k=sums.pareto_k,
         particles=sums.particles,
         estimator="importance",
+        kind="lower bound",
     )
 
 
@@ -215,6 +268,7 @@ class Predictive:
             pareto_k=torch.maximum(sums.pareto_k, self.joint.pareto_k),
             particles=sums.particles,
             estimator="self-normalised importance",
+            kind="ratio of means",
         )
 
 

@@ -53,6 +53,10 @@ class Incomplete:
         """The images with nothing missing."""
         return cls(values, torch.ones_like(values, dtype=torch.bool))
 
+    def copy(self) -> "Incomplete":
+        """The same images in memory of their own."""
+        return Incomplete(self.values.clone(), self.observed.clone())
+
     def __len__(self) -> int:
         return len(self.values)
 

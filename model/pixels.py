@@ -90,6 +90,12 @@ class Bernoulli:
         density, expected = (self.compiled or bernoulli_sums)(logits.flatten(2), seen, observed)
         return density, expected
 
+    def derivatives(self, logits: Pixels, images: Incomplete) -> tuple[Pixels, Pixels]:
+        """The slope of log p(x_o | z) in the logits, and minus its curvature."""
+        seen, mean = images.observed[:, None], logits.sigmoid()
+        slope = torch.where(seen, images.values[:, None] - mean, 0.0)
+        return slope, torch.where(seen, mean * (1 - mean), 0.0)
+
     def mean(self, logits: Pixels) -> Pixels:
         """E[x | z]."""
         return logits.sigmoid()
@@ -148,6 +154,12 @@ class GaussianPixels(nn.Module):
         each = -0.5 * (1 + math.log(2 * math.pi)) - self.log_std
         expected = torch.where(images.observed, 0.0, each).sum((1, 2, 3))
         return self.log_density(means, images), expected[:, None].expand(means.shape[:2])
+
+    def derivatives(self, means: Pixels, images: Incomplete) -> tuple[Pixels, Pixels]:
+        """The slope of log p(x_o | z) in the means, and minus its curvature."""
+        seen, precision = images.observed[:, None], (-2 * self.log_std).exp()
+        slope = torch.where(seen, (images.values[:, None] - means) * precision, 0.0)
+        return slope, torch.where(seen, precision, 0.0).expand_as(slope)
 
     def mean(self, means: Pixels) -> Pixels:
         """E[x | z]."""

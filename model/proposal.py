@@ -15,6 +15,7 @@ whose density is the denominator of every particle whichever component drew it
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,18 +28,22 @@ from model.noise import Noise, Source
 
 __all__ = [
     "Amortised",
+    "Blend",
     "CorrelatedMixture",
     "GaussianMixture",
     "Latents",
     "Prior",
+    "PriorProposal",
     "Proposal",
     "Stacked",
     "StackedPrior",
     "StandardNormal",
+    "Standardised",
 ]
 
 Latents = Float[Tensor, "batch particles latent"]
 PerParticle = Float[Tensor, "batch particles"]
+Standard = Float[Tensor, "*batch latent"]
 Upper = Float[Tensor, "batch particles upper"]
 
 
@@ -125,6 +130,10 @@ class GaussianMixture:
             self.mean.detach().requires_grad_(), self.log_std.detach().requires_grad_()
         )
 
+    def copy(self) -> "GaussianMixture":
+        """The mixture with its parameters as constants in memory of their own."""
+        return GaussianMixture(self.mean.detach().clone(), self.log_std.detach().clone())
+
     @property
     def lower(self) -> "GaussianMixture":
         """Itself: there is one stochastic layer."""
@@ -182,9 +191,55 @@ class CorrelatedMixture:
         return CorrelatedMixture(self.mean.detach(), self.factor.detach())
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A mixture of distributions of whatever kind, each with its share."""
+
+    parts: Sequence[Proposal]
+    shares: Sequence[float]
+    """They add up to one."""
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """Latents of which each part gives its share, in an order drawn afresh.
+
+        Each particle is by itself a draw from the mixture, as those of the other mixtures are.
+        """
+        drawn = torch.stack(
+            [part.draw(particles, noise.at("part", i)) for i, part in enumerate(self.parts)], 2
+        )
+        first = noise.at("first").uniform(len(drawn), 1, like=drawn)
+        keys = noise.at("order").uniform(len(drawn), particles, like=drawn)
+        ends = torch.tensor(self.shares, device=drawn.device).cumsum(0).to(drawn)
+        places = (first + torch.arange(particles, device=drawn.device)) / particles
+        part = torch.searchsorted(ends, places, right=True).clamp(max=len(self.parts) - 1)
+        picked = part.gather(1, keys.argsort(-1))[:, :, None, None]
+        return drawn.gather(2, picked.expand(-1, -1, 1, drawn.shape[-1]))[:, :, 0]
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The log-density of the whole mixture."""
+        each = torch.stack([part.log_density(latents) for part in self.parts])
+        shares = torch.tensor(self.shares, device=each.device).log().to(each)
+        return (each + shares[:, None, None]).logsumexp(0)
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """There is none in closed form."""
+        raise ValueError(
+            "Expected a proposal of one Gaussian for the analytic divergence; got a blend."
+        )
+
+    def detach(self) -> "Blend":
+        """The mixture with its parameters as constants."""
+        return Blend([part.detach() for part in self.parts], self.shares)
+
+
 @runtime_checkable
 class Prior(Protocol):
     """A distribution of z."""
+
+    @property
+    def size(self) -> int:
+        """How many latents there are, over all layers."""
+        ...
 
     def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
         """Independent latents."""
@@ -194,12 +249,25 @@ class Prior(Protocol):
         """The logarithm of p(z)."""
         ...
 
+    def from_standard(self, standard: Standard) -> Standard:
+        """Latents from independent N(0, 1) numbers, one to one."""
+        ...
+
+    def to_standard(self, latents: Standard) -> Standard:
+        """The numbers that latents come from."""
+        ...
+
 
 @dataclass(frozen=True)
 class StandardNormal:
     """The prior N(0, I)."""
 
     latent: int
+
+    @property
+    def size(self) -> int:
+        """How many latents there are."""
+        return self.latent
 
     def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
         """Independent latents from the prior."""
@@ -209,6 +277,42 @@ class StandardNormal:
         """The logarithm of p(z)."""
         return -0.5 * (latents.square().sum(-1) + math.log(2 * math.pi) * self.latent)
 
+    def from_standard(self, standard: Standard) -> Standard:
+        """The same numbers."""
+        return standard
+
+    def to_standard(self, latents: Standard) -> Standard:
+        """The same numbers."""
+        return latents
+
+
+@dataclass(frozen=True)
+class PriorProposal:
+    """The prior of the latents, for so many images."""
+
+    prior: Prior
+    like: Float[Tensor, "batch ..."]
+    """A tensor of as many images, and of the latents' kind."""
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """Latents from the prior, whatever the images are."""
+        size = self.prior.size
+        return self.prior.from_standard(
+            noise.at("normal").normal(len(self.like), particles, size, like=self.like)
+        )
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of p(z)."""
+        return self.prior.log_density(latents)
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """Zero."""
+        return self.like.new_zeros(len(self.like))
+
+    def detach(self) -> "PriorProposal":
+        """Itself: it has no parameters of its own."""
+        return self
+
 
 class StackedPrior(nn.Module):
     """p(z₂)·p(z₁ | z₂) with p(z₂) = N(0, I) and a network for the Gaussian below it."""
@@ -216,6 +320,11 @@ class StackedPrior(nn.Module):
     def __init__(self, lower: int, upper: int, network: nn.Module) -> None:
         super().__init__()
         self.lower, self.upper, self.network = lower, StandardNormal(upper), network
+
+    @property
+    def size(self) -> int:
+        """How many latents there are in both layers."""
+        return self.lower + self.upper.size
 
     def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
         """Independent latents, the lower ones first."""
@@ -228,6 +337,44 @@ class StackedPrior(nn.Module):
         """The logarithm of p(z₂)·p(z₁ | z₂)."""
         z1, z2 = latents[..., : self.lower], latents[..., self.lower :]
         return self.upper.log_density(z2) + _log_normal(z1, *self.network(z2))
+
+    def from_standard(self, standard: Standard) -> Standard:
+        """z₂ is its numbers, and z₁ is put where p(z₁ | z₂) has it."""
+        z2 = standard[..., self.lower :]
+        mean, log_std = self.network(z2)
+        return torch.cat([mean + log_std.exp() * standard[..., : self.lower], z2], -1)
+
+    def to_standard(self, latents: Standard) -> Standard:
+        """The numbers that latents come from."""
+        z1, z2 = latents[..., : self.lower], latents[..., self.lower :]
+        mean, log_std = self.network(z2)
+        return torch.cat([(z1 - mean) * (-log_std).exp(), z2], -1)
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """A mixture over the N(0, I) numbers that a prior makes latents of."""
+
+    mixture: CorrelatedMixture
+    prior: Prior
+
+    def draw(self, particles: int, noise: Source) -> Latents:
+        """What the prior makes of the mixture's draws."""
+        return self.prior.from_standard(self.mixture.draw(particles, noise))
+
+    def log_density(self, latents: Latents) -> PerParticle:
+        """The logarithm of q(z): whatever stretches the latents stretches N(0, I) to p(z)."""
+        standard = self.prior.to_standard(latents)
+        normal = StandardNormal(standard.shape[-1]).log_density(standard)
+        return self.mixture.log_density(standard) + self.prior.log_density(latents) - normal
+
+    def divergence(self) -> Float[Tensor, " batch"]:
+        """KL(q ‖ p), which is that of the mixture from N(0, I)."""
+        return self.mixture.divergence()
+
+    def detach(self) -> "Standardised":
+        """The mixture's parameters as constants; those of the prior are θ."""
+        return Standardised(self.mixture.detach(), self.prior)
 
 
 @dataclass(frozen=True)

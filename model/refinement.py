@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.latent import LatentVariableModel
+from model.latent import LatentVariableModel, gradients
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import Amortised, GaussianMixture
@@ -42,8 +42,8 @@ class Refinement:
     ) -> Amortised:
         """The proposal after the steps."""
         through = self.through and torch.is_grad_enabled()
-        mixture = proposal.lower if through else proposal.lower.detach()
-        with torch.enable_grad():
+        with gradients():
+            mixture, images = proposal.lower if through else proposal.lower.copy(), images.copy()
             for index in range(self.steps):
                 here = mixture if through else mixture.leaf()
                 source = noise.at("step", index)

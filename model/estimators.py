@@ -1,0 +1,236 @@
+r"""Estimators of log p(x_o), by name.
+
+Each takes a model, images, randomness, a number of particles and a proposal, and gives an
+`Estimate` that says what kind of number it is.
+
+| name | what | kind |
+|---|---|---|
+| `prior` | the mean of p(x_o \| z) over the prior | lower bound |
+| `importance` | the mean of the weights of a proposal | lower bound |
+| `jackknife`, `jackknife-2` | the same, its bias of order 1/K (and 1/K²) removed | debiased |
+| `adaptive` | importance with a proposal that has learned from its own weights | lower bound |
+| `annealed` | annealed importance sampling with Hamiltonian transitions | lower bound |
+
+The jackknife leaves out groups of particles, of which it needs only the sums of the weights.
+With $L_{n-j}$ the mean over all ways to leave out $j$ of $n$ groups it is
+
+$$ \sum_{j=0}^m (-1)^j \frac{(n-j)^m}{(m-j)!\, j!} L_{n-j} $$
+
+(Nowozin, "Debiasing evidence approximations: on importance-weighted autoencoders and jackknife
+variational inference", 2018), of order $m$; its standard error is that of the groups left out one
+by one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from model.adaptation import adaptive
+from model.annealing import Chains, annealed
+from model.latent import LatentVariableModel
+from model.likelihood import (
+    BLOCK,
+    Estimate,
+    Stages,
+    blocks,
+    estimate_of,
+    modes,
+    proposed,
+)
+from model.masks import Incomplete
+from model.noise import Source
+from model.proposal import CorrelatedMixture, PriorProposal, Proposal
+from model.weights import WeightSums
+
+__all__ = ["CHAINS", "ESTIMATORS", "chains", "estimate"]
+
+GROUPS = 64
+"""The most that the jackknife leaves out one by one."""
+CHAINS = 32
+"""Of annealed importance sampling."""
+PER_TEMPERATURE = 25
+"""Particles that are worth a temperature: some 1300 states of chains cost what they are."""
+
+
+def estimate(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    estimator: str = "importance",
+    particles: int = 1000,
+    proposal: str | Proposal = "laplace",
+) -> Stages[Estimate]:
+    """Log p(x_o) of each image by the estimator of this name.
+
+    Raises:
+        ValueError: There is no such estimator, or there are too few particles for it.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"Expected an estimator of {', '.join(ESTIMATORS)}; got {estimator!r}.")
+    if model.exact is not None:
+        exact = yield from _importance(model, images, noise, particles, model.posterior(images))
+        value = model.exact.log_likelihood(images).to(exact.value)
+        return replace(exact, value=value, estimator="exact", kind="exact")
+    found = yield from ESTIMATORS[estimator](model, images, noise, particles, proposal)
+    return replace(found, estimator=estimator)
+
+
+Estimator = Callable[
+    [LatentVariableModel, Incomplete, Source, int, str | Proposal], Stages[Estimate]
+]
+
+
+def _importance(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    particles: int,
+    proposal: str | Proposal,
+) -> Stages[Estimate]:
+    sums = WeightSums.empty(len(images), particles=particles, like=images.values)
+    for block in blocks(model, images, noise, particles=particles, proposal=proposal, keep=False):
+        sums = sums.update(block.log_weights)
+        yield
+    return estimate_of(sums)
+
+
+def _prior(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    particles: int,
+    _proposal: str | Proposal,
+) -> Stages[Estimate]:
+    return _importance(model, images, noise, particles, PriorProposal(model.prior, images.values))
+
+
+def _adaptive(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    particles: int,
+    proposal: str | Proposal,
+) -> Stages[Estimate]:
+    source = noise.at("proposal")
+    begun = proposed(model, images, source, proposal) if isinstance(proposal, str) else proposal
+    learned = yield from adaptive(model, images, begun, noise.at("adaptive"))
+    return (yield from _importance(model, images, noise, particles, learned))
+
+
+def _annealed(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    particles: int,
+    proposal: str | Proposal,
+) -> Stages[Estimate]:
+    found = yield from chains(model, images, noise, particles=particles, proposal=proposal)
+    sums = WeightSums.empty(len(images), particles=CHAINS, like=images.values)
+    return estimate_of(sums.update(found.log_weights))
+
+
+def chains(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    particles: int,
+    proposal: str | Proposal = "laplace",
+) -> Stages[Chains]:
+    """Annealed chains, through more temperatures the more particles.
+
+    They begin at the Gaussians of a correlated mixture, or else at those of Laplace's.
+    """
+    given = isinstance(proposal, CorrelatedMixture)
+    start = proposal if given else modes(model, images, noise.at("proposal"))
+    return (
+        yield from annealed(
+            model,
+            images,
+            start,
+            noise.at("annealed"),
+            temperatures=math.ceil(particles / PER_TEMPERATURE),
+            chains=CHAINS,
+        )
+    )
+
+
+def _jackknife(order: int) -> Estimator:
+    def debiased(
+        model: LatentVariableModel,
+        images: Incomplete,
+        noise: Source,
+        particles: int,
+        proposal: str | Proposal,
+    ) -> Stages[Estimate]:
+        size, count = _groups(particles, order)
+        total = size * count
+        sums = WeightSums.empty(len(images), particles=total, like=images.values)
+        groups: list[Float[Tensor, "batch groups"]] = []
+        for block in blocks(model, images, noise, particles=total, proposal=proposal, keep=False):
+            log_w = block.log_weights
+            sums = sums.update(log_w)
+            groups.append(log_w.double().unflatten(-1, (-1, BLOCK)).logsumexp(-1))
+            yield
+        by_block = torch.cat(groups, -1)
+        log_sums = by_block.unflatten(-1, (count, size // BLOCK)).logsumexp(-1)
+        value, error = _leaving_out(log_sums, size, order)
+        return replace(estimate_of(sums), value=value, standard_error=error, kind="debiased")
+
+    return debiased
+
+
+def _groups(particles: int, order: int) -> tuple[int, int]:
+    """How many particles a group has, whole blocks, and how many groups there are.
+
+    Raises:
+        ValueError: There would be too few groups to leave any out.
+    """
+    count = math.ceil(particles / BLOCK)
+    if count <= order:
+        raise ValueError(
+            f"Expected more than {order * BLOCK} particles with jackknife of order {order}; "
+            f"got {particles}."
+        )
+    size = math.ceil(count / GROUPS)
+    return size * BLOCK, math.ceil(count / size)
+
+
+def _leaving_out(
+    log_sums: Float[Tensor, "batch groups"], size: int, order: int
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The jackknife of the logarithm of the weights' mean, and its standard error."""
+    count = log_sums.shape[-1]
+    value = torch.zeros_like(log_sums[:, 0])
+    error = value
+    for left_out in range(order + 1):
+        ways = torch.combinations(torch.arange(count), left_out) if left_out else None
+        kept = torch.ones(1 if ways is None else len(ways), count, dtype=torch.bool)
+        if ways is not None:
+            kept.scatter_(1, ways, value=False)
+        masked = log_sums[:, None].masked_fill(~kept.to(log_sums.device), -torch.inf)
+        each = masked.logsumexp(-1) - math.log(size * (count - left_out))
+        value = value + _coefficient(count, order, left_out) * each.mean(-1)
+        if left_out == 1:
+            error = ((count - 1) * each.var(-1, correction=0)).sqrt()
+    return value, error
+
+
+def _coefficient(count: int, order: int, left_out: int) -> float:
+    factorials = math.factorial(order - left_out) * math.factorial(left_out)
+    return (-1) ** left_out * (count - left_out) ** order / factorials
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "prior": _prior,
+    "importance": _importance,
+    "jackknife": _jackknife(1),
+    "jackknife-2": _jackknife(2),
+    "adaptive": _adaptive,
+    "annealed": _annealed,
+}

@@ -1,0 +1,84 @@
+r"""Laplace's approximation: Gaussians at modes of the posterior, with the curvature there.
+
+From wherever it starts, each component climbs $\log p(x_o, z)$ by damped Gauss-Newton steps,
+
+$$ H = I + J^\top C J, \qquad z \leftarrow z + \eta\, H^{-1} (J^\top s - z), $$
+
+where $J$ is the decoder's Jacobian, $s$ the slope of $\log p(x_o \mid z)$ in the decoder's output
+and $C$ minus its curvature, both zero where a pixel is missing. $H$ is positive definite whatever
+the decoder is, and $N(z, H^{-1})$ at the end has the correlations of the posterior, which no
+encoder's diagonal Gaussian has (MacKay, "Information theory, inference, and learning algorithms",
+2003, section 27). It needs no encoder and holds for any mask.
+The latents are those independent N(0, 1) numbers that the prior makes its latents of, so that
+models of two stochastic layers are no exception.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from model.latent import LatentVariableModel
+from model.masks import Incomplete
+from model.proposal import CorrelatedMixture, Latents
+
+__all__ = ["laplace"]
+
+STEPS = 4
+RATES = (1.0, 0.5, 0.25, 0.1, 0.0)
+"""Parts of a step that are tried; that of the highest p(x_o, z) is taken."""
+WIDER = 1.1
+"""A factor of the standard deviations: a proposal may be too wide, but not too narrow."""
+
+
+@torch.no_grad()
+def laplace(
+    model: LatentVariableModel, images: Incomplete, starts: Latents, *, steps: int = STEPS
+) -> CorrelatedMixture:
+    """A mixture over standard latents, with a component for each of an image's starts."""
+    with torch.inference_mode(mode=False):  # which has no derivatives, not even forward ones
+        images, z = images.copy(), starts.clone()
+        for _ in range(steps):
+            precision, gradient = _curvature(model, images, z)
+            step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
+            z = _climbed(model, images, z, step[..., 0])
+        precision, _ = _curvature(model, images, z)
+        return CorrelatedMixture(z, WIDER * _root_of_inverse(precision))
+
+
+def _climbed(model: LatentVariableModel, images: Incomplete, z: Latents, step: Latents) -> Latents:
+    """The best of several points along the steps, of which where they begin is one."""
+    rates = z.new_tensor(RATES)[:, None]
+    tried = z[:, :, None] + rates * step[:, :, None]
+    points = tried.flatten(1, 2)
+    decoded = model.decode(model.prior.from_standard(points))
+    height = model.likelihood.log_density(decoded, images) - 0.5 * points.square().sum(-1)
+    best = height.unflatten(1, tried.shape[1:3]).argmax(-1)
+    picked = best[..., None, None].expand(-1, -1, 1, z.shape[-1])
+    return tried.gather(2, picked)[:, :, 0]
+
+
+def _curvature(
+    model: LatentVariableModel, images: Incomplete, z: Latents
+) -> tuple[Float[Tensor, "batch starts latent latent"], Latents]:
+    """H, and the gradient of log p(x_o, z)."""
+
+    def decoded(one: Float[Tensor, " latent"]) -> Float[Tensor, " pixels"]:
+        return model.decode(model.prior.from_standard(one[None]))[0].flatten()
+
+    jacobian = torch.func.vmap(torch.func.jacfwd(decoded))(z.flatten(0, 1))
+    jacobian = jacobian.unflatten(0, z.shape[:2])
+    parameters = model.decode(model.prior.from_standard(z))
+    slope, curvature = (
+        part.flatten(2) for part in model.likelihood.derivatives(parameters, images)
+    )
+    identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    precision = identity + jacobian.mT @ (curvature[..., None] * jacobian)
+    return precision, (slope[:, :, None] @ jacobian)[:, :, 0] - z
+
+
+def _root_of_inverse(
+    precision: Float[Tensor, "batch starts latent latent"],
+) -> Float[Tensor, "batch starts latent latent"]:
+    """The lower triangular root of the inverse, in double precision."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision.double()))
+    return torch.linalg.cholesky(inverse).to(precision)
