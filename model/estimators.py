@@ -37,6 +37,7 @@ from model.likelihood import (
     Estimate,
     Stages,
     blocks,
+    encode,
     estimate_of,
     modes,
     proposed,
@@ -146,8 +147,11 @@ def chains(
 
     They begin at the Gaussians of a correlated mixture, or else at those of Laplace's.
     """
-    given = isinstance(proposal, CorrelatedMixture)
-    start = proposal if given else modes(model, images, noise.at("proposal"))
+    if isinstance(proposal, CorrelatedMixture):
+        start = proposal
+    else:
+        source = noise.at("proposal")
+        start = modes(model, images, encode(model, images, source), source)
     return (
         yield from annealed(
             model,

@@ -20,6 +20,7 @@ from model.latent import LatentVariableModel
 from model.likelihood import Estimate, Stages, blocks, estimate_of
 from model.masks import Incomplete
 from model.noise import Source
+from model.proposal import Proposal
 from model.weights import Mean, Slots, WeightSums
 
 __all__ = ["Completions", "impute"]
@@ -43,7 +44,7 @@ def impute(
     *,
     particles: int,
     draws: int = 1,
-    proposal: str = "adapted",
+    proposal: str | Proposal = "laplace",
 ) -> Stages[Completions]:
     """The posterior mean and standard deviation of the missing pixels, and draws of them."""
     likelihood, latent = model.likelihood, model.architecture.latents

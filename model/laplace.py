@@ -34,7 +34,10 @@ WIDER = 1.1
 def laplace(
     model: LatentVariableModel, images: Incomplete, starts: Latents, *, steps: int = STEPS
 ) -> CorrelatedMixture:
-    """A mixture over standard latents, with a component for each of an image's starts."""
+    """A mixture over standard latents, with a component for each of an image's starts.
+
+    Where nothing was observed it is N(0, I).
+    """
     with torch.inference_mode(mode=False):  # which has no derivatives, not even forward ones
         images, z = images.copy(), starts.clone()
         for _ in range(steps):
@@ -42,7 +45,8 @@ def laplace(
             step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
             z = _climbed(model, images, z, step[..., 0])
         precision, _ = _curvature(model, images, z)
-        return CorrelatedMixture(z, WIDER * _root_of_inverse(precision))
+        seen = images.observed.flatten(1).any(1)[:, None, None, None]
+        return CorrelatedMixture(z, torch.where(seen, WIDER, 1.0) * _root_of_inverse(precision))
 
 
 def _climbed(model: LatentVariableModel, images: Incomplete, z: Latents, step: Latents) -> Latents:

@@ -27,7 +27,13 @@ from model.laplace import laplace
 from model.latent import LatentVariableModel, Particles, Proposal
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import CorrelatedMixture, PriorProposal, Standardised
+from model.proposal import (
+    Amortised,
+    Blend,
+    CorrelatedMixture,
+    PriorProposal,
+    Standardised,
+)
 from model.refinement import Refinement
 from model.weights import RELIABLE_PARETO_K, WeightSums, resample
 
@@ -39,6 +45,7 @@ __all__ = [
     "Scores",
     "Stages",
     "blocks",
+    "encode",
     "estimate_of",
     "finish",
     "modes",
@@ -109,14 +116,17 @@ def _zero_filled(model: LatentVariableModel, images: Incomplete, _noise: Source)
 
 
 def _adapted(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
-    """The mixture over adapted imputations: what is served."""
+    """The mixture over adapted imputations."""
     return model.adapted(images, noise)
 
 
 def _laplace(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
-    """Gaussians at modes that are near what the encoder proposes."""
-    mixture = modes(model, images, noise)
-    return Standardised(mixture, model.prior) if model.architecture.upper else mixture
+    """Gaussians at modes, and a share of what could reach elsewhere: what is served."""
+    encoded = encode(model, images, noise)
+    mixture = modes(model, images, encoded, noise)
+    there = Standardised(mixture, model.prior) if model.architecture.upper else mixture
+    prior = PriorProposal(model.prior, images.values)
+    return Blend([there, encoded, prior], [1 - ENCODED - DEFENSIVE, ENCODED, DEFENSIVE])
 
 
 def _semi_amortised(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
@@ -143,9 +153,16 @@ PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposa
 }
 
 
-def modes(model: LatentVariableModel, images: Incomplete, noise: Source) -> CorrelatedMixture:
-    """Laplace's mixture over standard latents, begun at likely particles of the encoder's."""
-    encoded = model.two_pass(images, noise.at("encoded"), imputations=IMPUTATIONS)
+def encode(model: LatentVariableModel, images: Incomplete, noise: Source) -> Amortised:
+    """What the encoder makes of several imputations; where nothing was observed, N(0, I)."""
+    mixture = model.two_pass(images, noise.at("encoded"), imputations=IMPUTATIONS)
+    return mixture.standard_where(~images.observed.flatten(1).any(1))
+
+
+def modes(
+    model: LatentVariableModel, images: Incomplete, encoded: Proposal, noise: Source
+) -> CorrelatedMixture:
+    """Laplace's mixture over standard latents, begun at likely ones of the encoder's."""
     latents = encoded.draw(BLOCK, noise.at("start"))
     log_w = model.particles(images, encoded, latents, keep=False).log_weights
     uniforms = noise.at("pick").uniform(len(images), MODES, like=log_w)
@@ -155,6 +172,8 @@ def modes(model: LatentVariableModel, images: Incomplete, noise: Source) -> Corr
 
 IMPUTATIONS, MODES, SOFTNESS = 16, 4, 5.0
 """Of the mixture that modes are looked for from; how many; and the root of their weights."""
+ENCODED, DEFENSIVE = 0.1, 0.05
+"""Shares of the particles that come from the encoder's mixture and from the prior."""
 
 
 def proposed(model: LatentVariableModel, images: Incomplete, noise: Source, name: str) -> Proposal:
@@ -170,7 +189,7 @@ def blocks(
     noise: Source,
     *,
     particles: int,
-    proposal: str | Proposal = "adapted",
+    proposal: str | Proposal = "laplace",
     keep: bool = True,
 ) -> Iterator[Particles]:
     """So many particles of each image in blocks; more of them begin with the same ones.
@@ -196,7 +215,7 @@ def score(
     noise: Source,
     *,
     particles: int,
-    proposal: str | Proposal = "adapted",
+    proposal: str | Proposal = "laplace",
     truth: Float[Tensor, "batch channels height width"] | None = None,
 ) -> Stages[Scores]:
     """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o)."""

@@ -209,17 +209,17 @@ class Blend:
         )
         first = noise.at("first").uniform(len(drawn), 1, like=drawn)
         keys = noise.at("order").uniform(len(drawn), particles, like=drawn)
-        ends = torch.tensor(self.shares, device=drawn.device).cumsum(0).to(drawn)
+        ends = torch.tensor(self.shares, dtype=torch.float64, device=drawn.device).cumsum(0)
         places = (first + torch.arange(particles, device=drawn.device)) / particles
-        part = torch.searchsorted(ends, places, right=True).clamp(max=len(self.parts) - 1)
+        part = torch.searchsorted(ends, places.double(), right=True).clamp(max=len(self.parts) - 1)
         picked = part.gather(1, keys.argsort(-1))[:, :, None, None]
         return drawn.gather(2, picked.expand(-1, -1, 1, drawn.shape[-1]))[:, :, 0]
 
     def log_density(self, latents: Latents) -> PerParticle:
         """The log-density of the whole mixture."""
         each = torch.stack([part.log_density(latents) for part in self.parts])
-        shares = torch.tensor(self.shares, device=each.device).log().to(each)
-        return (each + shares[:, None, None]).logsumexp(0)
+        shares = torch.tensor(self.shares, dtype=torch.float64, device=each.device).log()
+        return (each + shares[:, None, None]).logsumexp(0).to(each)
 
     def divergence(self) -> Float[Tensor, " batch"]:
         """There is none in closed form."""

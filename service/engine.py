@@ -285,7 +285,7 @@ class Engine:
             raise TooLarge.of(
                 "particles",
                 f"at most {self._max_request} in a request, over all its images, each with "
-                f"whole blocks of {likelihood.BLOCK}, {ADAPTATION} more of them, and its draws",
+                f"whole blocks of {likelihood.BLOCK}, {PREPARATION} more of them, and its draws",
                 str(cost),
             )
         tasks = [_Task(job) for job in jobs]
@@ -389,12 +389,12 @@ class Engine:
 
 STUCK = 30.0
 """Seconds after which an engine that has not come round is not ready: no block takes so long."""
-ADAPTATION = 13
-"""Blocks that an image's proposal takes before its first particle: one, and two a round."""
+PREPARATION = 16
+"""Blocks that an image's proposal costs before its first particle, most of them derivatives."""
 
 
 def _rows(particles: int) -> int:
-    return (math.ceil(particles / likelihood.BLOCK) + ADAPTATION) * likelihood.BLOCK
+    return (math.ceil(particles / likelihood.BLOCK) + PREPARATION) * likelihood.BLOCK
 
 
 def _incomplete(values: np.ndarray, missing: np.ndarray, device: torch.device) -> Incomplete:

@@ -42,15 +42,15 @@ def test_results_go_into_the_card_with_what_they_were_measured_with(folder: Path
     evaluate(folder, images=12, particles=70, raw_images=11, raw_particles=130, masks=("half",))
 
     results = checkpoint.read(folder).card.results
-    (adapted, own) = results["predictive"]
+    (served, own) = results["predictive"]
     assert (results["raw"]["images"], results["raw"]["particles"]) == (11, 130)
-    assert (adapted["mask"], adapted["missing_pixels"], adapted["proposal"]) == (
+    assert (served["mask"], served["missing_pixels"], served["proposal"]) == (
         "half",
         18.0,
-        "adapted",
+        "laplace",
     )
     assert own["proposal"] == "own"
-    for result in (results["raw"], adapted, own):
+    for result in (results["raw"], served, own):
         assert result["standard_error"] > 0
         assert result["estimator"]
         assert result["seed"] == 0

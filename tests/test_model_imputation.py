@@ -30,7 +30,7 @@ def _impute(
     *,
     particles: int = 512,
     draws: int = 1,
-    proposal: str = "adapted",
+    proposal: str = "laplace",
 ) -> Completions:
     noise = NoisePerImage.of(0, range(len(images)))
     return finish(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.laplace import WIDER, laplace
-from model.likelihood import modes
+from model.likelihood import encode, modes
 from model.masks import Incomplete
 from model.noise import Noise
 from model.proposal import Latents
@@ -23,7 +23,8 @@ def test_of_a_linear_model_it_is_the_posterior():
     posterior = exact(model).posterior(images)
 
     torch.testing.assert_close(found.mean, posterior.mean.expand(-1, 2, -1), rtol=0, atol=1e-9)
-    expected = WIDER * posterior.factor.expand(-1, 2, -1, -1)
+    wider = torch.where(images.observed.flatten(1).any(1), WIDER, 1.0)[:, None, None, None]
+    expected = wider * posterior.factor.expand(-1, 2, -1, -1)
     torch.testing.assert_close(found.factor, expected, rtol=0, atol=1e-9)
 
 
@@ -58,11 +59,11 @@ def _height(images: Incomplete, z: Latents) -> torch.Tensor:
 
 
 def test_where_nothing_was_observed_it_is_the_prior():
-    """The mode is at zero, and the curvature is one."""
+    """The mode is at zero, the curvature is one, and no component is any wider."""
     model, images = fixed_model(), some_incomplete()
     blank = Incomplete.hide(images.values, torch.zeros_like(images.observed))
-    found = modes(model, blank, Noise(0))
+    found = modes(model, blank, encode(model, blank, Noise(0)), Noise(0))
 
     torch.testing.assert_close(found.mean, torch.zeros_like(found.mean), rtol=0, atol=1e-12)
-    expected = WIDER * torch.eye(2, dtype=torch.float64).expand_as(found.factor)
+    expected = torch.eye(2, dtype=torch.float64).expand_as(found.factor)
     torch.testing.assert_close(found.factor, expected, rtol=0, atol=1e-12)
