@@ -28,7 +28,7 @@ from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import CorrelatedMixture, Latents, PerParticle, StandardNormal
 
-__all__ = ["Chains", "annealed"]
+__all__ = ["LEAPFROGS", "Chains", "annealed"]
 
 LEAPFROGS = 6
 STEP_SIZES = (0.1, 0.4)

@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.adaptation import adaptive
-from model.annealing import Chains, annealed
+from model.adaptation import PER_ROUND, ROUNDS, adaptive
+from model.annealing import LEAPFROGS, Chains, annealed
 from model.latent import LatentVariableModel
 from model.likelihood import (
     BLOCK,
@@ -47,7 +47,7 @@ from model.noise import Source
 from model.proposal import CorrelatedMixture, PriorProposal, Proposal
 from model.weights import WeightSums
 
-__all__ = ["CHAINS", "ESTIMATORS", "chains", "estimate"]
+__all__ = ["CHAINS", "ESTIMATORS", "ORDERS", "chains", "estimate", "rows"]
 
 GROUPS = 64
 """The most that the jackknife leaves out one by one."""
@@ -79,6 +79,19 @@ def estimate(
         return replace(exact, value=value, estimator="exact", kind="exact")
     found = yield from ESTIMATORS[estimator](model, images, noise, particles, proposal)
     return replace(found, estimator=estimator)
+
+
+def rows(estimator: str, particles: int) -> int:
+    """What an estimate costs beside its proposal, in rows of the decoder; a gradient is three."""
+    blocks_of = math.ceil(particles / BLOCK) * BLOCK
+    if estimator == "annealed":
+        return math.ceil(particles / PER_TEMPERATURE) * CHAINS * (3 * (LEAPFROGS + 1) + 1)
+    if estimator == "adaptive":
+        return blocks_of + ROUNDS * PER_ROUND
+    if estimator in ORDERS:
+        size, count = _groups(particles, ORDERS[estimator])
+        return size * count
+    return blocks_of
 
 
 Estimator = Callable[
@@ -230,11 +243,11 @@ def _coefficient(count: int, order: int, left_out: int) -> float:
     return (-1) ** left_out * (count - left_out) ** order / factorials
 
 
+ORDERS = {"jackknife": 1, "jackknife-2": 2}
 ESTIMATORS: dict[str, Estimator] = {
     "prior": _prior,
     "importance": _importance,
-    "jackknife": _jackknife(1),
-    "jackknife-2": _jackknife(2),
+    **{name: _jackknife(order) for name, order in ORDERS.items()},
     "adaptive": _adaptive,
     "annealed": _annealed,
 }

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from service import codec, schemas
 from service.codec import Picture
 from service.engine import (
+    FEWEST,
     MAX_SEED,
     Card,
     Engine,
@@ -147,13 +148,23 @@ async def impute(
 @forms.post(
     "/log-likelihood",
     openapi_extra=_form(
-        "image", "mask", "truth", model="string", particles="integer", seed="integer"
+        "image",
+        "mask",
+        "truth",
+        model="string",
+        particles="integer",
+        estimator="string",
+        seed="integer",
     ),
 )
 async def log_likelihood(
     body: schemas.LogLikelihoodRequest, request: Request, here: Here
 ) -> schemas.LogLikelihoodResponse:
     """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
+    fewest = FEWEST.get(body.estimator, 1)
+    if body.particles < fewest:
+        expected = f"at least {fewest} with {body.estimator}"
+        raise BadInput.of("particles", expected, str(body.particles))
     name, card = await _model(here, body.model)
     seed = _seed(body.seed)
     pictures = await _read(here, [(i.image, i.mask, i.truth) for i in body.images], card)
@@ -164,6 +175,7 @@ async def log_likelihood(
             missing=picture.missing,
             truth=None if truth is None else truth.values,
             particles=body.particles,
+            estimator=body.estimator,
             seed=image_seed(seed, index),
         )
         for index, (picture, truth) in enumerate(pictures)

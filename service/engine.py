@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import checkpoint, imputation, likelihood
+from model import checkpoint, estimators, imputation, likelihood
 from model.checkpoint import Card, Checkpoint, CheckpointError
 from model.likelihood import Stages
 from model.masks import Incomplete
@@ -30,6 +30,7 @@ from model.noise import MAX_SEED, Noise, NoisePerImage, image_seed
 from service.errors import Failed, NotReady, Overloaded, Problem, TooLarge, UnknownModel
 
 __all__ = [
+    "FEWEST",
     "MAX_SEED",
     "Card",
     "Engine",
@@ -57,6 +58,7 @@ class Estimate:
     reliable: bool
     particles: int
     estimator: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -120,26 +122,32 @@ class Score:
     truth: np.ndarray | None
     particles: int
     seed: int
+    estimator: str = "importance"
 
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        return _rows(self.particles)
+        twice = self.truth is not None and self.estimator != "importance"
+        return _rows(self.particles, self.estimator) + (_rows(self.particles) if twice else 0)
 
     def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Scoring]:
         """The work, a block at a time."""
         truth = None
         if self.truth is not None:
             truth = _binary(self.truth, model.device)[None]
-        scores = yield from likelihood.score(
-            model,
-            _incomplete(self.values, self.missing, model.device),
-            NoisePerImage.of(self.seed, [0]),
-            particles=self.particles,
-            truth=truth,
-        )
-        conditional = scores.conditional and _estimate(scores.conditional)
-        return Scoring(_estimate(scores.log_likelihood), conditional)
+        images = _incomplete(self.values, self.missing, model.device)
+        noise = NoisePerImage.of(self.seed, [0])
+        found = conditional = None
+        if self.estimator != "importance" or model.exact is not None:
+            found = yield from estimators.estimate(
+                model, images, noise, estimator=self.estimator, particles=self.particles
+            )
+        if found is None or truth is not None:
+            scores = yield from likelihood.score(
+                model, images, noise, particles=self.particles, truth=truth
+            )
+            found, conditional = found or scores.log_likelihood, scores.conditional
+        return Scoring(_estimate(found), conditional and _estimate(conditional))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,12 +397,14 @@ class Engine:
 
 STUCK = 30.0
 """Seconds after which an engine that has not come round is not ready: no block takes so long."""
+FEWEST = {name: order * likelihood.BLOCK + 1 for name, order in estimators.ORDERS.items()}
+"""Particles that an estimator needs, where it needs more than one."""
 PREPARATION = 16
 """Blocks that an image's proposal costs before its first particle, most of them derivatives."""
 
 
-def _rows(particles: int) -> int:
-    return (math.ceil(particles / likelihood.BLOCK) + PREPARATION) * likelihood.BLOCK
+def _rows(particles: int, estimator: str = "importance") -> int:
+    return estimators.rows(estimator, particles) + PREPARATION * likelihood.BLOCK
 
 
 def _incomplete(values: np.ndarray, missing: np.ndarray, device: torch.device) -> Incomplete:
@@ -420,4 +430,5 @@ def _estimate(estimate: likelihood.Estimate) -> Estimate:
         reliable=bool(estimate.reliable.item()),
         particles=estimate.particles,
         estimator=estimate.estimator,
+        kind=estimate.kind,
     )

@@ -25,6 +25,8 @@ from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
 from model import checkpoint, likelihood
+from model.estimators import ESTIMATORS
+from model.estimators import estimate as estimated
 from model.likelihood import finish
 from model.masks import Incomplete
 from model.noise import NoisePerImage
@@ -218,6 +220,46 @@ def test_more_particles_begin_with_the_same_ones(client: httpx.Client, folder: P
             assert estimate["value"] == pytest.approx(expected, abs=1e-9)
             assert estimate["particles"] == particles
             assert 0 < estimate["effective_sample_size"] <= particles * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_can_be_asked_for(client: httpx.Client, folder: Path, estimator: str):
+    """The answer is the library's of that name; with the truth the conditional comes too."""
+    model = checkpoint.read(folder / "tiny").model
+    values, seen = torch.from_numpy(BITS / 255).float(), torch.from_numpy(~MASK)
+    images = Incomplete.hide(values[None, None], seen[None, None])
+    with torch.inference_mode():
+        noise = NoisePerImage.of(3, [0])
+        work = estimated(model, images, noise, estimator=estimator, particles=200)
+        expected = finish(work)
+    truth = {**ITEM, "truth": text(IMAGE)}
+    plain, (result,) = (
+        _score(client, truth, particles=200, estimator=name)["results"]
+        for name in ("importance", estimator)
+    )
+
+    found = result["log_likelihood"]
+    assert (found["estimator"], found["kind"]) == (estimator, expected.kind)
+    assert found["value"] == pytest.approx(expected.value.item(), abs=1e-6)
+    assert found["particles"] == expected.particles
+    assert result["conditional"] == plain[0]["conditional"]
+
+
+@pytest.mark.parametrize(("estimator", "fewest"), [("jackknife", 65), ("jackknife-2", 129)])
+def test_too_few_particles_for_an_estimator(client: httpx.Client, estimator: str, fewest: int):
+    """The error names the field, what was expected and what came; one more is enough."""
+    few = {"particles": fewest - 1, "estimator": estimator}
+    refused = client.post("/v1/log-likelihood", json={"images": [ITEM], **few})
+
+    assert refused.status_code == 422
+    assert refused.json()["errors"] == [
+        {
+            "field": "particles",
+            "expected": f"at least {fewest} with {estimator}",
+            "got": str(fewest - 1),
+        }
+    ]
+    assert _score(client, particles=fewest, estimator=estimator)["results"]
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(client: httpx.Client):
