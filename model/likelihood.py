@@ -16,7 +16,7 @@ They are not to be believed when the Pareto shape $\hat k$ of the weights is abo
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -24,14 +24,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from model.laplace import laplace
-from model.latent import LatentVariableModel, Particles, Proposal
+from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Source
+from model.pixels import PerParticle, Pixels
 from model.proposal import (
     Amortised,
     Blend,
     CorrelatedMixture,
+    Latents,
     PriorProposal,
+    Proposal,
     Standardised,
 )
 from model.refinement import Refinement
@@ -40,6 +43,7 @@ from model.weights import RELIABLE_PARETO_K, WeightSums, resample
 __all__ = [
     "BLOCK",
     "PROPOSALS",
+    "Block",
     "Estimate",
     "Predictive",
     "Scores",
@@ -91,6 +95,23 @@ class Estimate:
     def reliable(self) -> Bool[Tensor, " batch"]:
         """Whether the standard error may be believed."""
         return self.pareto_k <= RELIABLE_PARETO_K
+
+
+@dataclass(frozen=True)
+class Block:
+    """Particles and their weights, which were computed of whole blocks."""
+
+    latents: Latents
+    log_weights: PerParticle
+    parameters: Pixels | None
+    """What the decoder made of the latents; None where it was not kept."""
+
+    def first(self, count: int) -> "Block":
+        """The first of them; all where there are no more."""
+        if count >= self.latents.shape[1]:
+            return self
+        parameters = None if self.parameters is None else self.parameters[:, :count]
+        return Block(self.latents[:, :count], self.log_weights[:, :count], parameters)
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ def blocks(
     particles: int,
     proposal: str | Proposal = "laplace",
     keep: bool = True,
-) -> Iterator[Particles]:
+) -> "Iterator[Block]":
     """So many particles of each image in blocks; more of them begin with the same ones.
 
     Where the decoder's output is not kept there is room for several blocks at once.
@@ -206,7 +227,9 @@ def blocks(
         group = range(first, min(first + at_once, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
         whole = model.particles(images, distribution, torch.cat(drawn, 1), keep=keep)
-        yield _first(whole, particles - first * BLOCK)
+        yield Block(whole.latents, whole.log_weights, whole.parameters).first(
+            particles - first * BLOCK
+        )
 
 
 def score(
@@ -289,15 +312,3 @@ class Predictive:
             estimator="self-normalised importance",
             kind="ratio of means",
         )
-
-
-def _first(whole: Particles, count: int) -> Particles:
-    if count >= whole.latents.shape[1]:
-        return whole
-    return replace(
-        whole,
-        latents=whole.latents[:, :count],
-        parameters=None if whole.parameters is None else whole.parameters[:, :count],
-        log_likelihood=whole.log_likelihood[:, :count],
-        log_prior=whole.log_prior[:, :count],
-    )

@@ -162,7 +162,7 @@ def test_a_network_is_rebuilt_from_its_generator(make, name: str):  # pyright: i
         dict(make(name, (3, 5, 7), seed=seed).named_parameters()) for seed in (0, 0, 1)
     )
 
-    assert len(one) >= 4
+    assert len(one) >= 2
     for key, weight in one.items():
         assert torch.equal(weight, same[key])
         assert (weight == 0).all() if key.endswith("bias") else not torch.equal(weight, other[key])

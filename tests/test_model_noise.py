@@ -89,7 +89,7 @@ def _joined(images: Incomplete, particles: int, proposal: str) -> tuple[Tensor, 
     parts = list(blocks(fixed_model(), images, noise, particles=particles, proposal=proposal))
     return (
         torch.cat([p.latents for p in parts], 1),
-        torch.cat([p.log_likelihood for p in parts], 1),
+        torch.cat([p.parameters for p in parts if p.parameters is not None], 1),
         torch.cat([p.log_weights for p in parts], 1),
     )
 
