@@ -160,7 +160,7 @@ def _svi(model: LatentVariableModel, images: Incomplete, noise: Source) -> Propo
     """Many steps up the ELBO from N(0, I), without what the encoder says of this image."""
     encoded = model.zero_filled(images)
     nowhere = encoded.standard_where(torch.ones(len(images), device=images.values.device).bool())
-    return Refinement(steps=200).refined(model, images, nowhere, noise.at("refined"))
+    return Refinement(steps=100).refined(model, images, nowhere, noise.at("refined"))
 
 
 PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
