@@ -224,6 +224,7 @@ class Engine:
             self._read(name)
         if not self._models:
             raise CheckpointError(f"Expected checkpoints in {self._folder}; got none.")
+        _warm(next(iter(self._models.values())).model)
         self._thread.start()
         self._open = True
 
@@ -401,6 +402,14 @@ FEWEST = {name: order * likelihood.BLOCK + 1 for name, order in estimators.ORDER
 """Particles that an estimator needs, where it needs more than one."""
 PREPARATION = 16
 """Blocks that an image's proposal costs before its first particle, most of them derivatives."""
+
+
+def _warm(model: checkpoint.LatentVariableModel) -> None:
+    """Scores a blank image: what PyTorch loads at its first use shall not wait for a request."""
+    values = torch.zeros(1, *model.architecture.image_shape, device=model.device)
+    blank = Incomplete.hide(values, torch.zeros_like(values, dtype=torch.bool))
+    with torch.inference_mode():
+        likelihood.finish(likelihood.score(model, blank, NoisePerImage.of(0, [0]), particles=1))
 
 
 def _rows(particles: int, estimator: str = "importance") -> int:
