@@ -34,7 +34,7 @@ from model.proposal import (
 )
 from model.weights import effective_sample_size
 
-__all__ = ["PER_ROUND", "ROUNDS", "adaptive"]
+__all__ = ["DEFENSIVE", "PER_ROUND", "ROUNDS", "adaptive"]
 
 ROUNDS = 4
 PER_ROUND = 256

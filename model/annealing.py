@@ -108,12 +108,9 @@ class _Path:
 
     def log_ratio(self, u: Latents) -> PerParticle:
         """The logarithm of p(x_o, z) / q(z)."""
-        standard = self.standard(u)
-        normal = StandardNormal(u.shape[-1])
         scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        decoded = self.model.decode(self.model.prior.from_standard(standard))
-        density = self.model.likelihood.log_density(decoded, self.images)
-        return density + normal.log_density(standard) + scale - normal.log_density(u)
+        log_joint = self.model.standard_log_joint(self.images, self.standard(u))
+        return log_joint + scale - StandardNormal(u.shape[-1]).log_density(u)
 
     def transition(self, u: Latents, beta: float, noise: Source) -> tuple[Latents, PerParticle]:
         """The next states, and where there was a move; the states before where there was none."""

@@ -23,7 +23,7 @@ by one.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,13 +41,14 @@ from model.likelihood import (
     estimate_of,
     modes,
     proposed,
+    score,
 )
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import CorrelatedMixture, PriorProposal, Proposal
 from model.weights import WeightSums
 
-__all__ = ["CHAINS", "ESTIMATORS", "ORDERS", "chains", "estimate", "rows"]
+__all__ = ["CHAINS", "ESTIMATORS", "ORDERS", "Asked", "chains", "estimate", "rows"]
 
 GROUPS = 64
 """The most that the jackknife leaves out one by one."""
@@ -74,11 +75,22 @@ def estimate(
     if estimator not in ESTIMATORS:
         raise ValueError(f"Expected an estimator of {', '.join(ESTIMATORS)}; got {estimator!r}.")
     if model.exact is not None:
-        exact = yield from _importance(model, images, noise, particles, model.posterior(images))
-        value = model.exact.log_likelihood(images).to(exact.value)
-        return replace(exact, value=value, estimator="exact", kind="exact")
-    found = yield from ESTIMATORS[estimator](model, images, noise, particles, proposal)
+        scores = yield from score(model, images, noise, particles=particles)
+        return scores.log_likelihood
+    asked = Asked(model, images, noise, particles, proposal)
+    found = yield from ESTIMATORS[estimator](asked)
     return replace(found, estimator=estimator)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an estimator is asked for."""
+
+    model: LatentVariableModel
+    images: Incomplete
+    noise: Source
+    particles: int
+    proposal: str | Proposal
 
 
 def rows(estimator: str, particles: int) -> int:
@@ -94,108 +106,77 @@ def rows(estimator: str, particles: int) -> int:
     return blocks_of
 
 
-Estimator = Callable[
-    [LatentVariableModel, Incomplete, Source, int, str | Proposal], Stages[Estimate]
-]
+Estimator = Callable[[Asked], Stages[Estimate]]
 
 
-def _importance(
-    model: LatentVariableModel,
-    images: Incomplete,
-    noise: Source,
-    particles: int,
-    proposal: str | Proposal,
-) -> Stages[Estimate]:
-    sums = WeightSums.empty(len(images), particles=particles, like=images.values)
-    for block in blocks(model, images, noise, particles=particles, proposal=proposal, keep=False):
-        sums = sums.update(block.log_weights)
-        yield
-    return estimate_of(sums)
+def _importance(asked: Asked) -> Stages[Estimate]:
+    scores = yield from score(
+        asked.model,
+        asked.images,
+        asked.noise,
+        particles=asked.particles,
+        proposal=asked.proposal,
+    )
+    return scores.log_likelihood
 
 
-def _prior(
-    model: LatentVariableModel,
-    images: Incomplete,
-    noise: Source,
-    particles: int,
-    _proposal: str | Proposal,
-) -> Stages[Estimate]:
-    return _importance(model, images, noise, particles, PriorProposal(model.prior, images.values))
+def _prior(asked: Asked) -> Stages[Estimate]:
+    prior = PriorProposal(asked.model.prior, asked.images.values)
+    return _importance(replace(asked, proposal=prior))
 
 
-def _adaptive(
-    model: LatentVariableModel,
-    images: Incomplete,
-    noise: Source,
-    particles: int,
-    proposal: str | Proposal,
-) -> Stages[Estimate]:
-    source = noise.at("proposal")
-    begun = proposed(model, images, source, proposal) if isinstance(proposal, str) else proposal
+def _adaptive(asked: Asked) -> Stages[Estimate]:
+    model, images, noise = asked.model, asked.images, asked.noise
+    begun = proposed(model, images, noise.at("proposal"), asked.proposal)
     learned = yield from adaptive(model, images, begun, noise.at("adaptive"))
-    return (yield from _importance(model, images, noise, particles, learned))
+    return (yield from _importance(replace(asked, proposal=learned)))
 
 
-def _annealed(
-    model: LatentVariableModel,
-    images: Incomplete,
-    noise: Source,
-    particles: int,
-    proposal: str | Proposal,
-) -> Stages[Estimate]:
-    found = yield from chains(model, images, noise, particles=particles, proposal=proposal)
-    sums = WeightSums.empty(len(images), particles=CHAINS, like=images.values)
+def _annealed(asked: Asked) -> Stages[Estimate]:
+    found = yield from chains(asked)
+    sums = WeightSums.empty(len(asked.images), particles=CHAINS, like=asked.images.values)
     return estimate_of(sums.update(found.log_weights))
 
 
-def chains(
-    model: LatentVariableModel,
-    images: Incomplete,
-    noise: Source,
-    *,
-    particles: int,
-    proposal: str | Proposal = "laplace",
-) -> Stages[Chains]:
+def chains(asked: Asked) -> Stages[Chains]:
     """Annealed chains, through more temperatures the more particles.
 
     They begin at the Gaussians of a correlated mixture, or else at those of Laplace's.
     """
-    if isinstance(proposal, CorrelatedMixture):
-        start = proposal
-    else:
-        source = noise.at("proposal")
+    model, images, start = asked.model, asked.images, asked.proposal
+    if not isinstance(start, CorrelatedMixture):
+        source = asked.noise.at("proposal")
         start = modes(model, images, encode(model, images, source), source)
     return (
         yield from annealed(
             model,
             images,
             start,
-            noise.at("annealed"),
-            temperatures=math.ceil(particles / PER_TEMPERATURE),
+            asked.noise.at("annealed"),
+            temperatures=math.ceil(asked.particles / PER_TEMPERATURE),
             chains=CHAINS,
         )
     )
 
 
 def _jackknife(order: int) -> Estimator:
-    def debiased(
-        model: LatentVariableModel,
-        images: Incomplete,
-        noise: Source,
-        particles: int,
-        proposal: str | Proposal,
-    ) -> Stages[Estimate]:
-        size, count = _groups(particles, order)
-        total = size * count
+    def debiased(asked: Asked) -> Stages[Estimate]:
+        size, count = _groups(asked.particles, order)
+        images, total = asked.images, size * count
         sums = WeightSums.empty(len(images), particles=total, like=images.values)
-        groups: list[Float[Tensor, "batch groups"]] = []
-        for block in blocks(model, images, noise, particles=total, proposal=proposal, keep=False):
-            log_w = block.log_weights
-            sums = sums.update(log_w)
-            groups.append(log_w.double().unflatten(-1, (-1, BLOCK)).logsumexp(-1))
+        by_block: list[Float[Tensor, "batch blocks"]] = []
+        for block in blocks(
+            asked.model,
+            images,
+            asked.noise,
+            particles=total,
+            proposal=asked.proposal,
+            keep=False,
+        ):
+            sums = sums.update(block.log_weights)
+            by_block.append(block.log_weights.double().unflatten(-1, (-1, BLOCK)).logsumexp(-1))
             yield
-        by_block = torch.cat(groups, -1)
-        log_sums = by_block.unflatten(-1, (count, size // BLOCK)).logsumexp(-1)
+        log_sums = torch.cat(by_block, -1).unflatten(-1, (count, -1)).logsumexp(-1)
         value, error = _leaving_out(log_sums, size, order)
         return replace(estimate_of(sums), value=value, standard_error=error, kind="debiased")
 

@@ -44,9 +44,8 @@ class FactorAnalysis:
     def posterior(self, images: Incomplete) -> CorrelatedMixture:
         """p(z | x_o), a Gaussian for each image; where nothing was observed it is the prior."""
         precision, projected = self._evidence(images)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        mean = covariance @ projected[..., None]
-        return CorrelatedMixture(mean.mT, torch.linalg.cholesky(covariance)[:, None])
+        mean = torch.cholesky_solve(projected[..., None], torch.linalg.cholesky(precision))
+        return CorrelatedMixture.of_precision(mean.mT, precision[:, None])
 
     def log_likelihood(self, images: Incomplete) -> Float[Tensor, " batch"]:
         """The exact log p(x_o), by the matrix determinant and inversion lemmas."""

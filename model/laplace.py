@@ -45,17 +45,16 @@ def laplace(
             step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
             z = _climbed(model, images, z, step[..., 0])
         precision, _ = _curvature(model, images, z)
+        found = CorrelatedMixture.of_precision(z, precision)
         seen = images.observed.flatten(1).any(1)[:, None, None, None]
-        return CorrelatedMixture(z, torch.where(seen, WIDER, 1.0) * _root_of_inverse(precision))
+        return CorrelatedMixture(z, torch.where(seen, WIDER, 1.0) * found.factor)
 
 
 def _climbed(model: LatentVariableModel, images: Incomplete, z: Latents, step: Latents) -> Latents:
     """The best of several points along the steps, of which where they begin is one."""
     rates = z.new_tensor(RATES)[:, None]
     tried = z[:, :, None] + rates * step[:, :, None]
-    points = tried.flatten(1, 2)
-    decoded = model.decode(model.prior.from_standard(points))
-    height = model.likelihood.log_density(decoded, images) - 0.5 * points.square().sum(-1)
+    height = model.standard_log_joint(images, tried.flatten(1, 2))
     best = height.unflatten(1, tried.shape[1:3]).argmax(-1)
     picked = best[..., None, None].expand(-1, -1, 1, z.shape[-1])
     return tried.gather(2, picked)[:, :, 0]
@@ -78,11 +77,3 @@ def _curvature(
     identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     precision = identity + jacobian.mT @ (curvature[..., None] * jacobian)
     return precision, (slope[:, :, None] @ jacobian)[:, :, 0] - z
-
-
-def _root_of_inverse(
-    precision: Float[Tensor, "batch starts latent latent"],
-) -> Float[Tensor, "batch starts latent latent"]:
-    """The lower triangular root of the inverse, in double precision."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision.double()))
-    return torch.linalg.cholesky(inverse).to(precision)

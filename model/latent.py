@@ -305,6 +305,12 @@ class LatentVariableModel(nn.Module):
         log_prior = self.prior.log_density(latents)
         return Particles(latents, density, log_prior, proposal, logits)
 
+    def standard_log_joint(self, images: Incomplete, standard: Latents) -> PerParticle:
+        """Log p(x_o | z) + log N(u; 0, I) of the numbers u that the prior makes latents of."""
+        decoded = self.decode(self.prior.from_standard(standard))
+        normal = StandardNormal(standard.shape[-1]).log_density(standard)
+        return self.likelihood.log_density(decoded, images) + normal
+
     def by_pieces(
         self, of: Callable[[Pixels, Incomplete], T], latents: Latents, images: Incomplete
     ) -> list[T]:

@@ -16,13 +16,14 @@ They are not to be believed when the Pareto shape $\hat k$ of the weights is abo
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from model.adaptation import DEFENSIVE
 from model.laplace import laplace
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
@@ -193,15 +194,22 @@ def modes(
 
 IMPUTATIONS, MODES, SOFTNESS = 16, 4, 5.0
 """Of the mixture that modes are looked for from; how many; and the root of their weights."""
-ENCODED, DEFENSIVE = 0.1, 0.05
-"""Shares of the particles that come from the encoder's mixture and from the prior."""
+ENCODED = 0.1
+"""Share of the particles that comes from the encoder's mixture."""
 
 
-def proposed(model: LatentVariableModel, images: Incomplete, noise: Source, name: str) -> Proposal:
-    """The proposal of a name, or the posterior itself of a model that has it in closed form."""
+def proposed(
+    model: LatentVariableModel, images: Incomplete, noise: Source, proposal: str | Proposal
+) -> Proposal:
+    """The proposal of a name, or the posterior itself of a model that has it in closed form.
+
+    What is a distribution already stays as it is.
+    """
+    if not isinstance(proposal, str):
+        return proposal
     if model.exact is not None:
         return model.posterior(images)
-    return PROPOSALS[name](model, images, noise)
+    return PROPOSALS[proposal](model, images, noise)
 
 
 def blocks(
@@ -217,11 +225,7 @@ def blocks(
 
     Where the decoder's output is not kept there is room for several blocks at once.
     """
-    distribution = (
-        proposed(model, images, noise.at("proposal"), proposal)
-        if isinstance(proposal, str)
-        else proposal
-    )
+    distribution = proposed(model, images, noise.at("proposal"), proposal)
     count, at_once = math.ceil(particles / BLOCK), 1 if keep else AT_ONCE
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))
@@ -241,7 +245,10 @@ def score(
     proposal: str | Proposal = "laplace",
     truth: Float[Tensor, "batch channels height width"] | None = None,
 ) -> Stages[Scores]:
-    """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o)."""
+    """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o).
+
+    Of a model with a closed form the first is exact, unless another proposal was given.
+    """
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
     keep = truth is not None
@@ -256,7 +263,11 @@ def score(
             predictive = predictive.update(log_w, log_missing)
         yield
     conditional = None if truth is None else predictive.estimate(sums)
-    return Scores(estimate_of(sums), conditional)
+    found, exact = estimate_of(sums), model.exact
+    if exact is not None and isinstance(proposal, str):
+        value = exact.log_likelihood(images).to(found.value)
+        found = replace(found, value=value, estimator="exact", kind="exact")
+    return Scores(found, conditional)
 
 
 def estimate_of(sums: WeightSums) -> Estimate:

@@ -161,6 +161,14 @@ class CorrelatedMixture:
     factor: Float[Tensor, "batch components latent latent"]
     """The lower triangular F of each component."""
 
+    @classmethod
+    def of_precision(
+        cls, mean: Latents, precision: Float[Tensor, "batch components latent latent"]
+    ) -> "CorrelatedMixture":
+        """Gaussians whose covariances are the inverses of these, taken in double precision."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(precision.double()))
+        return cls(mean, torch.linalg.cholesky(inverse).to(mean))
+
     def draw(self, particles: int, noise: Source) -> Latents:
         """Latents that use the components evenly, in an order drawn afresh."""
         batch, components, latent = self.mean.shape
@@ -329,9 +337,9 @@ class StackedPrior(nn.Module):
     def draw(self, count: int, noise: Noise, *, like: Tensor) -> Float[Tensor, "batch latent"]:
         """Independent latents, the lower ones first."""
         z2 = self.upper.draw(count, noise.at("upper"), like=like)
-        mean, log_std = self.network(z2)
-        z1 = mean + log_std.exp() * noise.at("lower").normal(*mean.shape, like=mean)
-        return torch.cat([z1, z2], -1)
+        return self.from_standard(
+            torch.cat([noise.at("lower").normal(count, self.lower, like=like), z2], -1)
+        )
 
     def log_density(self, latents: Latents) -> PerParticle:
         """The logarithm of p(z₂)·p(z₁ | z₂)."""

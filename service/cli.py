@@ -66,7 +66,7 @@ def train(context: typer.Context) -> None:
     """Train a model: RECIPE, or --data with --missing; --help lists everything."""
     from model.train import main  # noqa: PLC0415  (the service needs no training code)
 
-    sys.exit(main([f"--threads={max(1, int(processors()))}", *context.args]))
+    sys.exit(main([f"--threads={_threads()}", *context.args]))
 
 
 @app.command()
@@ -86,7 +86,7 @@ def evaluate(
 
     from model.evaluate import evaluate as measure  # noqa: PLC0415
 
-    torch.set_num_threads(threads or max(1, int(processors())))
+    torch.set_num_threads(threads or _threads())
     try:
         card = measure(
             folder,
@@ -139,7 +139,7 @@ def reproduce(
         docs=docs,
         minutes=int(budget[:-1]) * units[budget[-1]],
         jobs=jobs,
-        threads=threads or max(1, int(processors() / jobs)),
+        threads=threads or _threads(jobs),
         console=Console(highlight=False),
     )
 
@@ -213,6 +213,11 @@ def fetch(name: str) -> None:
 
 def _show(results: dict[str, Any]) -> None:
     typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+def _threads(jobs: int = 1) -> int:
+    """As many as share the processors that may be used."""
+    return max(1, int(processors() / jobs))
 
 
 def _fail(message: str) -> NoReturn:

@@ -138,7 +138,7 @@ class Score:
         images = _incomplete(self.values, self.missing, model.device)
         noise = NoisePerImage.of(self.seed, [0])
         found = conditional = None
-        if self.estimator != "importance" or model.exact is not None:
+        if self.estimator != "importance":
             found = yield from estimators.estimate(
                 model, images, noise, estimator=self.estimator, particles=self.particles
             )

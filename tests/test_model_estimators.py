@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.estimators import CHAINS, ESTIMATORS, estimate
+from model.estimators import CHAINS, ESTIMATORS, Asked, estimate
 from model.latent import LatentVariableModel
 from model.likelihood import PROPOSALS, Estimate, finish
 from model.masks import Incomplete
@@ -40,7 +40,7 @@ def oracle() -> Oracle:
     shift = posterior.factor @ (SHIFT * math.sqrt(5) * direction)
     mismatched = CorrelatedMixture(posterior.mean + shift, SCALE * posterior.factor)
     found = {
-        name: finish(estimator(model, images, Noise(3).at(name), PARTICLES, mismatched))
+        name: finish(estimator(Asked(model, images, Noise(3).at(name), PARTICLES, mismatched)))
         for name, estimator in ESTIMATORS.items()
     }
     return Oracle(exact(model).log_likelihood(images), found)
@@ -86,7 +86,7 @@ def test_with_few_particles_bounds_are_far_below(name: str, particles: int):
     images = holes(model, IMAGES)
     posterior = exact(model).posterior(images)
     wide = CorrelatedMixture(posterior.mean + 0.3, 2.5 * posterior.factor)
-    found = finish(ESTIMATORS[name](model, images, Noise(1), particles, wide))
+    found = finish(ESTIMATORS[name](Asked(model, images, Noise(1), particles, wide)))
     off = found.value - exact(model).log_likelihood(images)
 
     assert off.mean() < -3 * off.std() / math.sqrt(IMAGES)
@@ -100,7 +100,7 @@ def test_the_jackknife_takes_half_of_the_bias_away():
     posterior = exact(model).posterior(images)
     wide = CorrelatedMixture(posterior.mean, 2.0 * posterior.factor)
     biases = {
-        name: finish(ESTIMATORS[name](model, images, Noise(1), 256, wide)).value
+        name: finish(ESTIMATORS[name](Asked(model, images, Noise(1), 256, wide))).value
         - truth.repeat_interleave(400)
         for name in ("importance", "jackknife", "jackknife-2")
     }
@@ -186,7 +186,7 @@ def test_more_temperatures_tighten_the_bound():
     gaps = [
         (
             exact(model).log_likelihood(images)
-            - finish(ESTIMATORS["annealed"](model, images, Noise(1), particles, far)).value
+            - finish(ESTIMATORS["annealed"](Asked(model, images, Noise(1), particles, far))).value
         ).mean()
         for particles in (50, 250, 1250)
     ]
