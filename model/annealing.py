@@ -9,24 +9,28 @@ $$ f_\beta(z) = q(z)^{1-\beta}\, p(x_o, z)^\beta, \qquad
 where $z_t$ comes from $z_{t-1}$ by a transition that leaves $f_{\beta_t}$ as it is.
 The mean of the weights is $p(x_o)$ without bias (Neal, "Annealed importance sampling", 2001),
 its logarithm a lower bound in expectation that tightens with $T$, and the last states with their
-weights are draws from the posterior.
+weights are draws from the posterior. So are the states of further transitions, which leave
+$p(z \mid x_o)$ as it is and the weights with it.
 
+$q$ is a whole mixture of Gaussians, from each of which as many chains begin: a chain that stays at
+one of several modes then has the weight of its mode, and all together that of all modes.
 Transitions are Hamiltonian (Neal, "MCMC using Hamiltonian dynamics", 2011) in the coordinates
-where $q$ is $N(0, I)$; their step sizes are drawn beforehand, so that nothing is tuned on the
-chains that are counted. $q$ is a Gaussian of Laplace's mixture, each chain's own.
+where the chain's own Gaussian is $N(0, I)$; their step sizes are drawn beforehand, so that nothing
+is tuned on the chains that are counted.
 """
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from model.latent import LatentVariableModel, gradients
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import CorrelatedMixture, Latents, PerParticle, StandardNormal
+from model.proposal import CorrelatedMixture, Latents, PerParticle
 
 __all__ = ["LEAPFROGS", "Chains", "annealed"]
 
@@ -40,11 +44,12 @@ quantitative analysis of decoder-based generative models", 2017)."""
 
 @dataclass(frozen=True)
 class Chains:
-    """Where the chains ended, and what each counts."""
+    """Where the chains came to, and what each counts."""
 
-    latents: Latents
+    latents: Float[Tensor, "batch states chains latent"]
+    """The states after the last temperature, and those that were asked for after it."""
     log_weights: PerParticle
-    """The mean of the weights estimates p(x_o)."""
+    """Of the chains, each for all of its states; their mean estimates p(x_o)."""
     acceptance: Float[Tensor, " batch"]
     """The part of an image's transitions that were accepted."""
 
@@ -57,25 +62,35 @@ def annealed(
     *,
     temperatures: int,
     chains: int,
+    further: int = 0,
 ) -> Generator[None, None, Chains]:
-    """Chains through so many temperatures; pauses after each.
+    """Chains through so many temperatures and further transitions; pauses after each.
 
-    `start` is a mixture over standard latents, of whose Gaussians each has as many chains or
-    one fewer.
+    `start` is a mixture over standard latents.
+
+    Raises:
+        ValueError: There are not as many chains for each of its Gaussians.
     """
+    batch, components, size = start.mean.shape
+    if chains % components:
+        raise ValueError(f"Expected a multiple of {components} chains; got {chains}.")
     path = _Path.of(model, images, start, chains)
-    batch, _, size = path.mean.shape
-    u = noise.at("start").normal(batch, chains, size, like=path.mean)
+    u = noise.at("start").normal(batch, chains, size, like=start.mean)
     log_w = torch.zeros_like(u[..., 0])
     accepted = torch.zeros_like(log_w)
     ladder = torch.linspace(-LADDER, LADDER, temperatures + 1).sigmoid().tolist()
     betas = [(rung - ladder[0]) / (ladder[-1] - ladder[0]) for rung in ladder]
-    for index in range(temperatures):
-        log_w = log_w + (betas[index + 1] - betas[index]) * path.log_ratio(u)
-        u, moved = path.transition(u, betas[index + 1], noise.at("transition", index))
+    states: list[Latents] = []
+    for index in range(temperatures + further):
+        if index < temperatures:
+            log_w = log_w + (betas[index + 1] - betas[index]) * path.log_ratio(u)
+        beta = betas[min(index + 1, temperatures)]
+        u, moved = path.transition(u, beta, noise.at("transition", index))
         accepted = accepted + moved
+        states.append(u)
         yield
-    return Chains(path.latents(u), log_w, (accepted / temperatures).mean(-1))
+    last = torch.stack([path.latents(u) for u in states[temperatures - 1 :]], 1)
+    return Chains(last, log_w, (accepted / len(states)).mean(-1))
 
 
 @dataclass(frozen=True)
@@ -84,8 +99,11 @@ class _Path:
 
     model: LatentVariableModel
     images: Incomplete
-    mean: Latents
-    factor: Float[Tensor, "batch chains latent latent"]
+    start: CorrelatedMixture
+    inverse: Float[Tensor, "batch components latent latent"]
+    """Of the factors of the start's Gaussians."""
+    own: Int[Tensor, " chains"]
+    """Of which of them each chain is."""
 
     @classmethod
     def of(
@@ -96,21 +114,33 @@ class _Path:
         chains: int,
     ) -> "_Path":
         with gradients():
-            at = torch.arange(chains, device=start.mean.device) % start.mean.shape[1]
-            mean, factor = start.mean[:, at].clone(), start.factor[:, at].clone()
-            return cls(model, images.copy(), mean, factor)
+            start = CorrelatedMixture(start.mean.clone(), start.factor.clone())
+            identity = torch.eye(start.mean.shape[-1]).to(start.mean)
+            inverse = torch.linalg.solve_triangular(start.factor, identity, upper=False)
+            own = torch.arange(chains, device=identity.device) % start.mean.shape[1]
+            return cls(model, images.copy(), start, inverse, own)
 
     def standard(self, u: Latents) -> Latents:
-        return self.mean + (self.factor @ u[..., None])[..., 0]
+        return (
+            self.start.mean[:, self.own] + (self.start.factor[:, self.own] @ u[..., None])[..., 0]
+        )
 
     def latents(self, u: Latents) -> Latents:
         return self.model.prior.from_standard(self.standard(u))
 
+    def log_start(self, standard: Latents) -> PerParticle:
+        """The logarithm of q(z)."""
+        away = standard[:, None] - self.start.mean[:, :, None]
+        squares = (away @ self.inverse.mT).square().sum(-1)
+        scale = self.inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)[..., None]
+        each = scale - 0.5 * squares - 0.5 * standard.shape[-1] * math.log(2 * math.pi)
+        return each.logsumexp(1) - math.log(each.shape[1])
+
     def log_ratio(self, u: Latents) -> PerParticle:
         """The logarithm of p(x_o, z) / q(z)."""
-        scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_joint = self.model.standard_log_joint(self.images, self.standard(u))
-        return log_joint + scale - StandardNormal(u.shape[-1]).log_density(u)
+        standard = self.standard(u)
+        joint = self.model.standard_log_joint(self.images, standard)
+        return joint - self.log_start(standard)
 
     def transition(self, u: Latents, beta: float, noise: Source) -> tuple[Latents, PerParticle]:
         """The next states, and where there was a move; the states before where there was none."""
@@ -133,6 +163,9 @@ class _Path:
         """The logarithm of f_β but for a constant, and its gradient."""
         with gradients():
             leaf = u.clone().requires_grad_()
-            height = beta * self.log_ratio(leaf) - 0.5 * leaf.square().sum(-1)
+            standard = self.standard(leaf)
+            start = self.log_start(standard)
+            joint = self.model.standard_log_joint(self.images, standard)
+            height = (1 - beta) * start + beta * joint
             (slope,) = torch.autograd.grad(height.sum(), [leaf])
         return height.detach(), slope

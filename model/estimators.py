@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from model.adaptation import PER_ROUND, ROUNDS, adaptive
@@ -48,14 +48,58 @@ from model.noise import Source
 from model.proposal import CorrelatedMixture, PriorProposal, Proposal
 from model.weights import WeightSums
 
-__all__ = ["CHAINS", "ESTIMATORS", "ORDERS", "Asked", "chains", "estimate", "rows"]
+__all__ = [
+    "CHAINS",
+    "ESTIMATORS",
+    "ORDERS",
+    "QUALITIES",
+    "Asked",
+    "Assessment",
+    "Quality",
+    "annealed_estimate",
+    "assess",
+    "assessment_rows",
+    "chains",
+    "difference",
+    "doubtful",
+    "estimate",
+    "rows",
+]
 
 GROUPS = 64
 """The most that the jackknife leaves out one by one."""
 CHAINS = 32
 """Of annealed importance sampling."""
-PER_TEMPERATURE = 25
-"""Particles that are worth a temperature: some 1300 states of chains cost what they are."""
+PER_TEMPERATURE, FEWEST_TEMPERATURES = 25, 20
+"""Particles that a temperature stands for, and the temperatures below which chains are useless."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A way to look at an image's posterior."""
+
+    estimator: str
+    proposal: str
+
+
+QUALITIES = {
+    "fast": Quality("importance", "amortised"),
+    "standard": Quality("importance", "laplace"),
+    "high": Quality("annealed", "laplace"),
+}
+FEWEST_EFFECTIVE = 10
+"""Particles that must count before an answer is trusted: draws are taken from among them."""
+
+
+def doubtful(found: Estimate) -> Bool[Tensor, " batch"]:
+    """Of which images a better quality should be tried.
+
+    It is where the tail of the weights is too heavy for the error to be believed, or few particles
+    count. Of less than a block of particles nothing can be told.
+    """
+    if found.particles < BLOCK:
+        return torch.zeros_like(found.value, dtype=torch.bool)
+    return ~found.reliable | (found.effective_sample_size < FEWEST_EFFECTIVE)
 
 
 def estimate(
@@ -83,6 +127,68 @@ def estimate(
 
 
 @dataclass(frozen=True)
+class Assessment:
+    """log p(x_o), and where the truth was given log p(x_m | x_o) in two ways."""
+
+    log_likelihood: Estimate
+    conditional: Estimate | None
+    """By self-normalised weights: a distribution over x_m whatever the particles are."""
+    difference: Estimate | None
+    """log p(x) − log p(x_o)."""
+
+
+def assess(
+    model: LatentVariableModel,
+    images: Incomplete,
+    noise: Source,
+    *,
+    quality: Quality,
+    particles: int,
+    truth: Float[Tensor, "batch channels height width"] | None = None,
+) -> Stages[Assessment]:
+    """How likely the images are, and what was behind their holes."""
+
+    def at(images: Incomplete, noise: Source) -> Stages[Estimate]:
+        return estimate(
+            model,
+            images,
+            noise,
+            estimator=quality.estimator,
+            particles=particles,
+            proposal=quality.proposal,
+        )
+
+    found = yield from at(images, noise)
+    if truth is None:
+        return Assessment(found, None, None)
+    scores = yield from score(
+        model,
+        images,
+        noise,
+        particles=_predictive_particles(quality, particles),
+        proposal=quality.proposal,
+        truth=truth,
+    )
+    whole = yield from at(Incomplete.complete(images.fill(truth)), noise.at("whole"))
+    return Assessment(found, scores.conditional, difference(whole, found))
+
+
+def assessment_rows(quality: Quality, particles: int, *, truth: bool) -> int:
+    """What an assessment costs beside the proposals, in rows of the decoder."""
+    once = rows(quality.estimator, particles)
+    predictive = rows("importance", _predictive_particles(quality, particles))
+    return 2 * once + predictive if truth else once
+
+
+def _predictive_particles(quality: Quality, particles: int) -> int:
+    """Chains are too few for a mixture over x_m; what they cost is spent on more particles."""
+    return MORE * particles if quality.estimator == "annealed" else particles
+
+
+MORE = 8
+
+
+@dataclass(frozen=True)
 class Asked:
     """What an estimator is asked for."""
 
@@ -97,7 +203,7 @@ def rows(estimator: str, particles: int) -> int:
     """What an estimate costs beside its proposal, in rows of the decoder; a gradient is three."""
     blocks_of = math.ceil(particles / BLOCK) * BLOCK
     if estimator == "annealed":
-        return math.ceil(particles / PER_TEMPERATURE) * CHAINS * (3 * (LEAPFROGS + 1) + 1)
+        return _temperatures(particles) * CHAINS * (3 * (LEAPFROGS + 1) + 1)
     if estimator == "adaptive":
         return blocks_of + ROUNDS * PER_ROUND
     if estimator in ORDERS:
@@ -134,12 +240,19 @@ def _adaptive(asked: Asked) -> Stages[Estimate]:
 
 def _annealed(asked: Asked) -> Stages[Estimate]:
     found = yield from chains(asked)
-    sums = WeightSums.empty(len(asked.images), particles=CHAINS, like=asked.images.values)
-    return estimate_of(sums.update(found.log_weights))
+    return annealed_estimate(found)
 
 
-def chains(asked: Asked) -> Stages[Chains]:
-    """Annealed chains, through more temperatures the more particles.
+def annealed_estimate(found: Chains) -> Estimate:
+    """What the chains' weights say of log p(x_o)."""
+    log_w = found.log_weights
+    sums = WeightSums.empty(len(log_w), particles=log_w.shape[1], like=log_w)
+    whole = estimate_of(sums.update(log_w))
+    return replace(whole, estimator="annealed", acceptance=found.acceptance)
+
+
+def chains(asked: Asked, *, further: int = 0) -> Stages[Chains]:
+    """Annealed chains, through more temperatures the more particles, and further states of each.
 
     They begin at the Gaussians of a correlated mixture, or else at those of Laplace's.
     """
@@ -147,15 +260,40 @@ def chains(asked: Asked) -> Stages[Chains]:
     if not isinstance(start, CorrelatedMixture):
         source = asked.noise.at("proposal")
         start = modes(model, images, encode(model, images, source), source)
+    components = start.mean.shape[1]
     return (
         yield from annealed(
             model,
             images,
             start,
             asked.noise.at("annealed"),
-            temperatures=math.ceil(asked.particles / PER_TEMPERATURE),
-            chains=CHAINS,
+            temperatures=_temperatures(asked.particles),
+            chains=math.ceil(CHAINS / components) * components,
+            further=further,
         )
+    )
+
+
+def _temperatures(particles: int) -> int:
+    return max(FEWEST_TEMPERATURES, math.ceil(particles / PER_TEMPERATURE))
+
+
+def difference(whole: Estimate, seen: Estimate) -> Estimate:
+    """Log p(x) − log p(x_o), which is log p(x_m | x_o), from independent estimates of the two.
+
+    It is as good as both are, but no distribution over x_m: where the second falls short of the
+    truth by more than the first, it flatters.
+    """
+    return Estimate(
+        value=whole.value - seen.value,
+        standard_error=(whole.standard_error**2 + seen.standard_error**2).sqrt(),
+        effective_sample_size=torch.minimum(
+            whole.effective_sample_size, seen.effective_sample_size
+        ),
+        pareto_k=torch.maximum(whole.pareto_k, seen.pareto_k),
+        particles=seen.particles,
+        estimator=seen.estimator,
+        kind="exact" if whole.kind == seen.kind == "exact" else "difference",
     )
 
 

@@ -7,23 +7,37 @@ $$ \mathbb E[x_m \mid x_o] = \sum_k \tilde w_k\, \mathbb E[x_m \mid z_k], \qquad
 
 The draws are made by sampling importance resampling with replacement, independently:
 each has a latent of its own, so that they differ as the possible images differ and not as the
-pixels' noise does. The standard deviation is that of $x_m$ given $x_o$, both sources together.
+pixels' noise does. The standard deviation is that of $x_m$ given $x_o$, both sources together,
+and a quantile is that of the mixture of the pixels' distributions, of resampled particles.
 Observed pixels come back as they were.
+
+The particles are those of a proposal or, where that is not good enough, the states of annealed
+chains, each with the weight of its chain.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from model.annealing import LEAPFROGS
+from model.estimators import CHAINS, Asked, annealed_estimate, chains
+from model.estimators import rows as cost
 from model.latent import LatentVariableModel
-from model.likelihood import Estimate, Stages, blocks, estimate_of
+from model.likelihood import Block, Estimate, Stages, blocks, estimate_of, exactly
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import Proposal
 from model.weights import Mean, Slots, WeightSums
 
-__all__ = ["Completions", "impute"]
+__all__ = ["Completions", "impute", "rows"]
+
+FURTHER = 7
+"""Transitions of each chain after the last temperature, which make its states eight."""
+MIXED = 256
+"""Resampled particles whose pixels' mixture the quantiles are those of."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Completions:
     std: Float[Tensor, "batch channels height width"]
     """Zero where the pixel was seen."""
     draws: Float[Tensor, "batch draws channels height width"]
+    quantiles: Float[Tensor, "batch levels channels height width"]
+    """Of each pixel by itself, at the levels that were asked for."""
     log_likelihood: Estimate
 
 
@@ -44,29 +60,103 @@ def impute(
     *,
     particles: int,
     draws: int = 1,
+    levels: Sequence[float] = (),
     proposal: str | Proposal = "laplace",
+    estimator: str = "importance",
 ) -> Stages[Completions]:
-    """The posterior mean and standard deviation of the missing pixels, and draws of them."""
-    likelihood, latent = model.likelihood, model.architecture.latents
-    sums = WeightSums.empty(len(images), particles=particles, like=images.values)
-    slots = Slots.empty(len(images), draws, latent, like=images.values)
-    mean, mean_square = Mean(), Mean()
-    for index, block in enumerate(
-        blocks(model, images, noise, particles=particles, proposal=proposal)
-    ):
-        log_w = block.log_weights
-        share = sums.share(log_w)
-        sums = sums.update(log_w)
+    """The posterior mean and standard deviation of the missing pixels, and draws of them.
+
+    The estimator is `importance` or `annealed`. A model with a closed form has no need of chains.
+
+    Raises:
+        ValueError: There is no such estimator.
+    """
+    if estimator not in ROWS:
+        raise ValueError(f"Expected an estimator of {', '.join(ROWS)}; got {estimator!r}.")
+    asked = Asked(model, images, noise, particles, proposal)
+    fold = _Posterior.empty(asked, draws, MIXED if levels else 0)
+    if estimator == "annealed" and model.exact is None:
+        found = yield from chains(asked, further=FURTHER)
+        for index, latents in enumerate(found.latents.unbind(1)):
+            fold = fold.update(Block(latents, found.log_weights, model.decode(latents)), index)
+            yield
+        log_likelihood = annealed_estimate(found)
+    else:
+        whole = blocks(model, images, noise, particles=particles, proposal=proposal)
+        for index, block in enumerate(whole):
+            fold = fold.update(block, index)
+            yield
+        log_likelihood = exactly(model, images, proposal, estimate_of(fold.sums))
+    return fold.completions(levels, log_likelihood)
+
+
+def rows(estimator: str, particles: int, *, draws: int, quantiles: bool) -> int:
+    """What completions cost beside the proposal, in rows of the decoder."""
+    return cost(estimator, particles) + ROWS[estimator] + draws + quantiles * MIXED
+
+
+ROWS = {"importance": 0, "annealed": (FURTHER + 1) * CHAINS * (3 * (LEAPFROGS + 1) + 2)}
+"""Of what can be imputed with, and the rows beyond those of its estimate."""
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """Fold: the moments of the pixels and resampled latents, of weighted particles."""
+
+    asked: Asked
+    sums: WeightSums
+    chosen: Slots
+    mixed: Slots
+    mean: Mean
+    mean_square: Mean
+
+    @classmethod
+    def empty(cls, asked: Asked, draws: int, mixed: int) -> "_Posterior":
+        """The moments of nothing, with room for so many latents of either kind."""
+        count, like = len(asked.images), asked.images.values
+        size = asked.model.architecture.latents
+        return cls(
+            asked,
+            WeightSums.empty(count, particles=asked.particles, like=like),
+            Slots.empty(count, draws, size, like=like),
+            Slots.empty(count, mixed, size, like=like),
+            Mean(),
+            Mean(),
+        )
+
+    def update(self, block: Block, index: int) -> "_Posterior":
+        """The fold with one more block, which is the one of this index."""
         assert block.parameters is not None
-        mean = mean.update(log_w, likelihood.mean(block.parameters), share)
-        mean_square = mean_square.update(log_w, likelihood.mean_square(block.parameters), share)
-        uniforms = noise.at("slot", index).uniform(len(images), draws, 2, like=images.values)
-        slots = slots.update(log_w, block.latents, share, uniforms)
-        yield
-    variance = mean_square.value - mean.value**2
-    return Completions(
-        images.fill(mean.value),
-        Incomplete.hide(variance.clamp(min=0).sqrt(), ~images.observed).values,
-        model.impute(images, slots.chosen, noise.at("draws")),
-        estimate_of(sums),
-    )
+        log_w, share = block.log_weights, self.sums.share(block.log_weights)
+        likelihood = self.asked.model.likelihood
+        return replace(
+            self,
+            sums=self.sums.update(log_w),
+            chosen=self._moved(self.chosen, block, share, "slot", index),
+            mixed=self._moved(self.mixed, block, share, "mixed", index),
+            mean=self.mean.update(log_w, likelihood.mean(block.parameters), share),
+            mean_square=self.mean_square.update(
+                log_w, likelihood.mean_square(block.parameters), share
+            ),
+        )
+
+    def _moved(self, slots: Slots, block: Block, share: Tensor, purpose: str, index: int) -> Slots:
+        count, draws, _ = slots.chosen.shape
+        if not draws:
+            return slots
+        noise = self.asked.noise.at(purpose, index)
+        uniforms = noise.uniform(count, draws, 2, like=slots.chosen)
+        return slots.update(block.log_weights, block.latents, share, uniforms)
+
+    def completions(self, levels: Sequence[float], log_likelihood: Estimate) -> Completions:
+        """What the moments and the latents say of the holes."""
+        model, images = self.asked.model, self.asked.images
+        mean, mean_square = self.mean.value, self.mean_square.value
+        quantiles = model.likelihood.quantiles(mean, model.decode(self.mixed.chosen), levels)
+        return Completions(
+            images.fill(mean),
+            Incomplete.hide((mean_square - mean**2).clamp(min=0).sqrt(), ~images.observed).values,
+            model.impute(images, self.chosen.chosen, self.asked.noise.at("draws")),
+            torch.where(images.observed[:, None], images.values[:, None], quantiles),
+            log_likelihood,
+        )

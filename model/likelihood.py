@@ -90,7 +90,10 @@ class Estimate:
     particles: int
     estimator: str
     kind: str
-    """What the number is: a lower bound in expectation, debiased, a ratio of means, or exact."""
+    """What the number is: a lower bound in expectation, debiased, a ratio of means, a difference
+    of two of these, or exact."""
+    acceptance: Float[Tensor, " batch"] | None = None
+    """The part of the transitions that were accepted, where there are chains."""
 
     @property
     def reliable(self) -> Bool[Tensor, " batch"]:
@@ -121,6 +124,11 @@ class Scores:
 
     log_likelihood: Estimate
     conditional: Estimate | None
+
+
+def _amortised(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+    """The encoder's mixture over several imputations."""
+    return encode(model, images, noise)
 
 
 def _own(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
@@ -166,6 +174,7 @@ def _svi(model: LatentVariableModel, images: Incomplete, noise: Source) -> Propo
 
 PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
     "adapted": _adapted,
+    "amortised": _amortised,
     "laplace": _laplace,
     "own": _own,
     "prior": _prior,
@@ -220,7 +229,7 @@ def blocks(
     particles: int,
     proposal: str | Proposal = "laplace",
     keep: bool = True,
-) -> "Iterator[Block]":
+) -> Iterator[Block]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
     Where the decoder's output is not kept there is room for several blocks at once.
@@ -263,11 +272,22 @@ def score(
             predictive = predictive.update(log_w, log_missing)
         yield
     conditional = None if truth is None else predictive.estimate(sums)
-    found, exact = estimate_of(sums), model.exact
-    if exact is not None and isinstance(proposal, str):
-        value = exact.log_likelihood(images).to(found.value)
-        found = replace(found, value=value, estimator="exact", kind="exact")
-    return Scores(found, conditional)
+    return Scores(exactly(model, images, proposal, estimate_of(sums)), conditional)
+
+
+def exactly(
+    model: LatentVariableModel, images: Incomplete, proposal: str | Proposal, found: Estimate
+) -> Estimate:
+    """The exact log p(x_o) of a model with a closed form, or what was found.
+
+    A proposal that is no name was given to be tried, and what it finds is the answer.
+    """
+    exact = model.exact
+    if exact is None or not isinstance(proposal, str):
+        return found
+    value = exact.log_likelihood(images).to(found.value)
+    sure = torch.zeros_like(value)
+    return replace(found, value=value, pareto_k=sure, estimator="exact", kind="exact")
 
 
 def estimate_of(sums: WeightSums) -> Estimate:

@@ -8,9 +8,9 @@ and never a copy of the image for each particle.
 """
 
 import math
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, no_type_check
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,7 +32,7 @@ PerParticle = Float[Tensor, "batch particles"]
 Pixels = Float[Tensor, "batch particles channels height width"]
 
 
-@typing.no_type_check  # a function with runtime checks cannot be compiled
+@no_type_check  # a function with runtime checks cannot be compiled
 def bernoulli_sums(
     logits: Tensor, seen: Tensor, observed: Tensor, *, missing: bool = True
 ) -> tuple[Tensor, ...]:
@@ -57,6 +57,7 @@ def bernoulli_sums(
     return density, (linear - (1 + there * decay).prod(-1).log()).sum(-1)
 
 
+BISECTIONS = 40
 LONGEST = 120
 """Numbers between one and two whose product fits in single precision."""
 
@@ -65,6 +66,7 @@ LONGEST = 120
 class Bernoulli:
     """Binary pixels, whose parameters are logits."""
 
+    binary: ClassVar[bool] = True
     compiled: Callable[..., tuple[PerParticle, ...]] | None = None
     """`bernoulli_sums` in machine code, where somebody has compiled it."""
 
@@ -104,6 +106,19 @@ class Bernoulli:
         """E[x² | z]."""
         return logits.sigmoid()
 
+    def quantiles(
+        self,
+        mean: Float[Tensor, "batch channels height width"],
+        _logits: Pixels,
+        levels: Sequence[float],
+    ) -> Float[Tensor, "batch levels channels height width"]:
+        """At each level the least value that is not exceeded with that probability.
+
+        Takes the pixels' mean, and what the decoder made of equally likely latents.
+        """
+        above = mean.new_tensor(levels)[:, None, None, None]
+        return (1 - mean[:, None] < above).to(mean)
+
     def sample(
         self,
         logits: Float[Tensor, "*batch channels height width"],
@@ -131,6 +146,8 @@ class _BernoulliLogDensity(torch.autograd.Function):
 
 class GaussianPixels(nn.Module):
     """Real pixels x_d ~ N(m_d, σ_d²), whose parameters are means; σ_d is the pixel's own."""
+
+    binary: ClassVar[bool] = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -168,6 +185,25 @@ class GaussianPixels(nn.Module):
     def mean_square(self, means: Pixels) -> Pixels:
         """E[x² | z]."""
         return means.square() + (2 * self.log_std).exp()
+
+    def quantiles(
+        self,
+        _mean: Float[Tensor, "batch channels height width"],
+        means: Pixels,
+        levels: Sequence[float],
+    ) -> Float[Tensor, "batch levels channels height width"]:
+        """Those of the mixture over equally likely latents, by bisection."""
+        std = self.log_std.exp()
+        found: list[Tensor] = []
+        for level in levels:
+            reach = std * abs(torch.special.ndtri(means.new_tensor(level)))
+            low, high = means.amin(1) - reach, means.amax(1) + reach
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                below = torch.special.ndtr((middle[:, None] - means) / std).mean(1) < level
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            found.append((low + high) / 2)
+        return torch.stack(found, 1) if found else means.new_zeros(len(means), 0, *means.shape[2:])
 
     def sample(
         self,

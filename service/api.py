@@ -3,12 +3,13 @@
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Annotated, Any, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
+import numpy as np
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
@@ -107,8 +108,10 @@ health = APIRouter()
         model="string",
         draws="integer",
         particles="integer",
+        quality="string",
         seed="integer",
         outputs="string",
+        levels="string",
         encoding="string",
     ),
 )
@@ -120,8 +123,8 @@ async def impute(
 ) -> Any:
     """Complete images: posterior mean, standard deviation and independent draws.
 
-    With `Accept: image/png` the answer is the one completed picture: the mean, or the draw when
-    `outputs` is `draws`.
+    With `Accept: image/png` the answer is the one completed picture: the mean, or the draw or the
+    median when that alone is in `outputs`.
     """
     name, card = await _model(here, body.model)
     seed = _seed(body.seed)
@@ -136,7 +139,9 @@ async def impute(
             missing=picture.missing,
             particles=body.particles,
             draws=max(body.draws, int(as_picture)),
+            levels=_levels(body),
             seed=image_seed(seed, index),
+            **_quality(body.quality),
         )
         for index, (picture, _) in enumerate(pictures)
     ]
@@ -153,6 +158,7 @@ async def impute(
         "truth",
         model="string",
         particles="integer",
+        quality="string",
         estimator="string",
         seed="integer",
     ),
@@ -161,10 +167,8 @@ async def log_likelihood(
     body: schemas.LogLikelihoodRequest, request: Request, here: Here
 ) -> schemas.LogLikelihoodResponse:
     """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
-    fewest = FEWEST.get(body.estimator, 1)
-    if body.particles < fewest:
-        expected = f"at least {fewest} with {body.estimator}"
-        raise BadInput.of("particles", expected, str(body.particles))
+    if body.estimator is not None:
+        _refuse_estimator(body.estimator, body.quality, body.particles)
     name, card = await _model(here, body.model)
     seed = _seed(body.seed)
     pictures = await _read(here, [(i.image, i.mask, i.truth) for i in body.images], card)
@@ -177,6 +181,7 @@ async def log_likelihood(
             particles=body.particles,
             estimator=body.estimator,
             seed=image_seed(seed, index),
+            **_quality("standard" if body.estimator else body.quality),
         )
         for index, (picture, truth) in enumerate(pictures)
     ]
@@ -186,6 +191,8 @@ async def log_likelihood(
             id=item.id,
             log_likelihood=_estimate(scoring.log_likelihood),
             conditional=scoring.conditional and _estimate(scoring.conditional),
+            difference=scoring.difference and _estimate(scoring.difference),
+            quality=scoring.quality,
             seed=job.seed,
             binarised=_is_grey(picture),
         )
@@ -261,6 +268,25 @@ async def _model(here: State, name: str | None) -> tuple[str, Card]:
     return chosen, await asyncio.to_thread(here["engine"].card, chosen)
 
 
+def _quality(asked: schemas.Quality) -> dict[str, Any]:
+    """What a job is told of the quality that was asked for."""
+    auto = asked == "auto"
+    return {"quality": "standard" if auto else asked, "escalates": auto}
+
+
+def _refuse_estimator(estimator: str, quality: str, particles: int) -> None:
+    if quality != "auto":
+        raise BadInput.of("estimator", f"none with the quality {quality}", estimator)
+    if particles < (fewest := FEWEST.get(estimator, 1)):
+        raise BadInput.of("particles", f"at least {fewest} with {estimator}", str(particles))
+
+
+def _levels(body: schemas.ImputeRequest) -> tuple[float, ...]:
+    """Those that the outputs need; the median is the last."""
+    levels = body.levels if "quantiles" in body.outputs else []
+    return (*levels, *([0.5] if "median" in body.outputs else []))
+
+
 def _seed(given: int | None) -> int:
     return secrets.randbelow(MAX_SEED + 1) if given is None else given
 
@@ -303,9 +329,12 @@ def _imputed(
         schemas.Imputed(
             id=item.id,
             mean=_output("mean", body, lambda p=p, d=d: p.completed(d.mean)),
-            draws=_outputs(body, p, d),
+            draws=_outputs("draws", body, p, d.draws),
             std=_output("std", body, lambda d=d: d.std),
+            median=_output("median", body, lambda p=p, d=d: p.completed(d.quantiles[-1])),
+            quantiles=_outputs("quantiles", body, p, d.quantiles[: len(body.levels)]),
             log_likelihood=_estimate(d.log_likelihood),
+            quality=d.quality,
             seed=image_seed(seed, index),
             binarised=_is_grey(p),
         )
@@ -323,11 +352,14 @@ def _picture(
 ) -> Response:
     ((picture,), (imputation,)) = pictures, done
     chosen = imputation.draws[0] if body.outputs == ["draws"] else imputation.mean
+    if body.outputs == ["median"]:
+        chosen = imputation.quantiles[-1]
     headers = {
         "X-Seed": str(seed),
         "X-Model": quote(name),
         "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
         "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
+        "X-Quality": imputation.quality,
     }
     return Response(
         codec.to_png(picture.completed(chosen)), media_type="image/png", headers=headers
@@ -338,10 +370,12 @@ def _output(name: str, body: schemas.ImputeRequest, pixels: Callable[[], Any]) -
     return codec.encode(pixels(), body.encoding) if name in body.outputs else None
 
 
-def _outputs(body: schemas.ImputeRequest, picture: Picture, done: Imputation) -> list[Any] | None:
-    if "draws" not in body.outputs:
+def _outputs(
+    name: str, body: schemas.ImputeRequest, picture: Picture, pixels: Iterable[np.ndarray]
+) -> list[Any] | None:
+    if name not in body.outputs:
         return None
-    return [codec.encode(picture.completed(draw), body.encoding) for draw in done.draws]
+    return [codec.encode(picture.completed(each), body.encoding) for each in pixels]
 
 
 def _estimate(estimate: Estimate) -> schemas.Estimate:

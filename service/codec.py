@@ -46,7 +46,8 @@ class Picture:
         return np.where(self.missing, 0.0, scaled).astype(np.float32)
 
     def completed(self, imputed: np.ndarray) -> np.ndarray:
-        """The pixels as they came, and imputed ones (floats from 0 to 1) where missing."""
+        """The pixels as they came, and imputed ones, cut to what pixels are, where missing."""
+        imputed = imputed.clip(0, 1)
         if self.pixels.dtype == np.uint8:
             imputed = (imputed * 255).round()
         return np.where(self.missing, imputed, self.pixels).astype(self.pixels.dtype)

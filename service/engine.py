@@ -15,15 +15,16 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from model import checkpoint, estimators, imputation, likelihood
 from model.checkpoint import Card, Checkpoint, CheckpointError
+from model.estimators import QUALITIES
 from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import MAX_SEED, Noise, NoisePerImage, image_seed
@@ -38,6 +39,7 @@ __all__ = [
     "Imputation",
     "Impute",
     "Job",
+    "Quality",
     "Sample",
     "Score",
     "Scoring",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+Quality = Literal["fast", "standard", "high"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Estimate:
     particles: int
     estimator: str
     kind: str
+    acceptance: float | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ class Imputation:
     mean: np.ndarray
     std: np.ndarray
     draws: np.ndarray
+    quantiles: np.ndarray
     log_likelihood: Estimate
+    doubtful: bool
+    quality: Quality
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,9 @@ class Scoring:
 
     log_likelihood: Estimate
     conditional: Estimate | None
+    difference: Estimate | None
+    doubtful: bool
+    quality: Quality | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +99,47 @@ class Impute:
     particles: int
     draws: int
     seed: int
+    levels: tuple[float, ...] = ()
+    quality: Quality = "standard"
+    escalates: bool = False
+    """Whether a doubtful answer is not given but the work done again in high quality."""
 
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        return _rows(self.particles) + self.draws
+        return PREPARATION_ROWS + imputation.rows(
+            QUALITIES[self.quality].estimator,
+            self.particles,
+            draws=self.draws,
+            quantiles=bool(self.levels),
+        )
 
     def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Imputation]:
         """The work, a block at a time."""
+        quality = QUALITIES[self.quality]
         done = yield from imputation.impute(
             model,
-            _incomplete(self.values, self.missing, model.device),
+            _incomplete(self.values, self.missing, model),
             NoisePerImage.of(self.seed, [0]),
             particles=self.particles,
             draws=self.draws,
+            levels=self.levels,
+            proposal=quality.proposal,
+            estimator=quality.estimator,
         )
         return Imputation(
             done.mean[0].cpu().numpy(),
             done.std[0].cpu().numpy(),
             done.draws[0].cpu().numpy(),
+            done.quantiles[0].cpu().numpy(),
             _estimate(done.log_likelihood),
+            bool(estimators.doubtful(done.log_likelihood).item()),
+            self.quality,
         )
+
+    def instead(self, result: Imputation) -> "Impute | None":
+        """The job that is to be done where this result is in doubt."""
+        return _harder(self) if self.escalates and result.doubtful else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,32 +152,46 @@ class Score:
     truth: np.ndarray | None
     particles: int
     seed: int
-    estimator: str = "importance"
+    estimator: str | None = None
+    """In place of that of the quality."""
+    quality: Quality = "standard"
+    escalates: bool = False
+    """Whether a doubtful answer is not given but the work done again in high quality."""
 
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        twice = self.truth is not None and self.estimator != "importance"
-        return _rows(self.particles, self.estimator) + (_rows(self.particles) if twice else 0)
+        truth = self.truth is not None
+        proposals = (3 if truth else 1) * PREPARATION_ROWS
+        return estimators.assessment_rows(self._way, self.particles, truth=truth) + proposals
+
+    @property
+    def _way(self) -> estimators.Quality:
+        quality = QUALITIES[self.quality]
+        return replace(quality, estimator=self.estimator or quality.estimator)
 
     def stages(self, model: checkpoint.LatentVariableModel) -> Stages[Scoring]:
         """The work, a block at a time."""
-        truth = None
-        if self.truth is not None:
-            truth = _binary(self.truth, model.device)[None]
-        images = _incomplete(self.values, self.missing, model.device)
-        noise = NoisePerImage.of(self.seed, [0])
-        found = conditional = None
-        if self.estimator != "importance":
-            found = yield from estimators.estimate(
-                model, images, noise, estimator=self.estimator, particles=self.particles
-            )
-        if found is None or truth is not None:
-            scores = yield from likelihood.score(
-                model, images, noise, particles=self.particles, truth=truth
-            )
-            found, conditional = found or scores.log_likelihood, scores.conditional
-        return Scoring(_estimate(found), conditional and _estimate(conditional))
+        truth = None if self.truth is None else _seen(self.truth, model)[None]
+        found = yield from estimators.assess(
+            model,
+            _incomplete(self.values, self.missing, model),
+            NoisePerImage.of(self.seed, [0]),
+            quality=self._way,
+            particles=self.particles,
+            truth=truth,
+        )
+        return Scoring(
+            _estimate(found.log_likelihood),
+            found.conditional and _estimate(found.conditional),
+            found.difference and _estimate(found.difference),
+            bool(estimators.doubtful(found.log_likelihood).item()),
+            None if self.estimator else self.quality,
+        )
+
+    def instead(self, result: Scoring) -> "Score | None":
+        """The job that is to be done where this result is in doubt."""
+        return _harder(self) if self.escalates and result.doubtful else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +215,16 @@ class Sample:
             yield
         return np.stack(images)
 
+    def instead(self, _result: np.ndarray) -> None:
+        """Nothing: a sample is never in doubt."""
+
 
 Job = Impute | Score | Sample
+Escalating = TypeVar("Escalating", Impute, Score)
+
+
+def _harder(job: Escalating) -> Escalating:
+    return replace(job, quality="high", escalates=False)
 
 
 @dataclass
@@ -345,21 +397,34 @@ class Engine:
         try:
             if started > self._deadline:
                 raise NotReady("The service is shutting down.")  # noqa: TRY301
-            if task.stages is None:
-                task.stages = task.job.stages(self._models[task.job.model].model)
-            next(task.stages)
-            task.seconds += time.monotonic() - started
-        except StopIteration as done:
-            self._measure(task)
-            self._answer(task, result=done.value)
+            return self._step(task, started)
         except Problem as problem:
             self._answer(task, problem=problem)
         except Exception:
             log.exception("A job failed.")
             self._answer(task, problem=Failed("The model failed on this image."))
-        else:
-            return True
         return False
+
+    def _step(self, task: _Task, started: float) -> bool:
+        if task.stages is None:
+            task.stages = task.job.stages(self._models[task.job.model].model)
+        try:
+            next(task.stages)
+        except StopIteration as done:
+            self._measure(task)
+            if (job := task.job.instead(done.value)) is None:
+                self._answer(task, result=done.value)
+                return False
+            self._replace(task, job)
+        else:
+            task.seconds += time.monotonic() - started
+        return True
+
+    def _replace(self, task: _Task, job: Job) -> None:
+        """Begins another job for the same answer; it was admitted, and is not refused now."""
+        with self._lock:
+            self._waiting += job.cost - task.job.cost
+            task.job, task.stages, task.seconds = job, None, 0.0
 
     def _answer(self, task: _Task, *, result: Any = None, problem: Problem | None = None) -> None:
         self._leave(task)
@@ -402,6 +467,7 @@ FEWEST = {name: order * likelihood.BLOCK + 1 for name, order in estimators.ORDER
 """Particles that an estimator needs, where it needs more than one."""
 PREPARATION = 16
 """Blocks that an image's proposal costs before its first particle, most of them derivatives."""
+PREPARATION_ROWS = PREPARATION * likelihood.BLOCK
 
 
 def _warm(model: checkpoint.LatentVariableModel) -> None:
@@ -412,18 +478,18 @@ def _warm(model: checkpoint.LatentVariableModel) -> None:
         likelihood.finish(likelihood.score(model, blank, NoisePerImage.of(0, [0]), particles=1))
 
 
-def _rows(particles: int, estimator: str = "importance") -> int:
-    return estimators.rows(estimator, particles) + PREPARATION * likelihood.BLOCK
+def _incomplete(
+    values: np.ndarray, missing: np.ndarray, model: checkpoint.LatentVariableModel
+) -> Incomplete:
+    seen = torch.from_numpy(~missing).expand(values.shape).to(model.device)
+    return Incomplete.hide(_seen(values, model)[None], seen[None])
 
 
-def _incomplete(values: np.ndarray, missing: np.ndarray, device: torch.device) -> Incomplete:
-    seen = torch.from_numpy(~missing).expand(values.shape).to(device)
-    return Incomplete.hide(_binary(values, device)[None], seen[None])
-
-
-def _binary(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Grey levels above 127 are one: what `threshold` means in a card."""
-    return (torch.from_numpy(values) > THRESHOLD).float().to(device)
+def _seen(values: np.ndarray, model: checkpoint.LatentVariableModel) -> torch.Tensor:
+    """The pixels as the model sees them: grey levels above 127 are one where it is binary."""
+    if model.likelihood.binary:
+        values = values > THRESHOLD
+    return torch.from_numpy(values).float().to(model.device)
 
 
 THRESHOLD = 127.5 / 255
@@ -440,4 +506,5 @@ def _estimate(estimate: likelihood.Estimate) -> Estimate:
         particles=estimate.particles,
         estimator=estimate.estimator,
         kind=estimate.kind,
+        acceptance=None if estimate.acceptance is None else estimate.acceptance.item(),
     )

@@ -83,12 +83,13 @@ async def _picture(name: str, value: UploadFile | str) -> str:
 def _value(name: str, text: str) -> Any:
     if name == "outputs":
         return [part.strip() for part in text.split(",")]
-    if name not in INTEGERS:
-        return text
     try:
-        return int(text)
+        if name == "levels":
+            return [float(part) for part in text.split(",")]
+        return int(text) if name in INTEGERS else text
     except ValueError as error:
-        raise BadInput.of(name, "an integer", repr(text[:40])) from error
+        expected = "numbers with commas between" if name == "levels" else "an integer"
+        raise BadInput.of(name, expected, repr(text[:40])) from error
 
 
 def _as_json(request: Request, fields: dict[str, Any]) -> Request:

@@ -19,6 +19,7 @@ __all__ = [
     "ModelSummary",
     "Models",
     "ProblemDocument",
+    "Quality",
     "SamplesRequest",
     "SamplesResponse",
     "Scored",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 MAX_IMAGES, MAX_DRAWS, MAX_PARTICLES, MAX_SAMPLES, MAX_SEED = 256, 100, 1_000_000, 256, 2**53 - 1
+MAX_LEVELS = 9
 
 
 def _text_or_lists(value: Any) -> str | list[Any]:
@@ -63,13 +65,20 @@ Particles = Annotated[
     StrictInt,
     Field(ge=1, le=MAX_PARTICLES, description="Importance samples an image; more are more exact."),
 ]
-EstimatorName = Annotated[
-    Literal["prior", "importance", "jackknife", "jackknife-2", "adaptive", "annealed"],
+Quality = Annotated[
+    Literal["auto", "fast", "standard", "high"],
     Field(
-        description="Of log p(observed). importance is quick, and a lower bound in expectation; "
-        "jackknife and jackknife-2 take its bias away, and need more than 64 and 128 particles; "
-        "adaptive moves its proposal first; annealed is the closest, at some 30 times the cost; "
-        "prior is naive."
+        description="How particles are found: fast, from the encoder; standard, from Gaussians at "
+        "modes of the posterior; high, by annealed chains, at several times the time of "
+        "standard; auto, standard, and high where that is in doubt. The answer says which."
+    ),
+]
+EstimatorName = Annotated[
+    Literal["prior", "importance", "jackknife", "jackknife-2", "adaptive", "annealed"] | None,
+    Field(
+        description="Of log p(observed), in place of a quality: importance is a lower bound in "
+        "expectation; jackknife and jackknife-2 take its bias away, and need more than 64 and 128 "
+        "particles; adaptive moves its proposal first; annealed is what high has; prior is naive."
     ),
 ]
 Seed = Annotated[
@@ -119,8 +128,17 @@ class ImputeRequest(Strict):
     images: list[Item] = Field(min_length=1, max_length=MAX_IMAGES)
     draws: StrictInt = Field(1, ge=0, le=MAX_DRAWS, description="Completions an image.")
     particles: Particles = 1000
+    quality: Quality = "auto"
     seed: Seed = None
-    outputs: list[Literal["mean", "draws", "std"]] = ["mean", "draws", "std"]
+    outputs: list[Literal["mean", "draws", "std", "median", "quantiles"]] = [
+        "mean",
+        "draws",
+        "std",
+    ]
+    levels: Annotated[
+        list[Annotated[float, Field(gt=0, lt=1)]],
+        Field(min_length=1, max_length=MAX_LEVELS, description="Of the quantiles."),
+    ] = [0.05, 0.95]
     encoding: Encoding = "png"
 
 
@@ -133,7 +151,8 @@ class LogLikelihoodRequest(Strict):
     model: ModelName = None
     images: list[TruthItem] = Field(min_length=1, max_length=MAX_IMAGES)
     particles: Particles = 1000
-    estimator: EstimatorName = "importance"
+    quality: Quality = "auto"
+    estimator: EstimatorName = None
     seed: Seed = None
 
 
@@ -161,8 +180,17 @@ class Estimate(BaseModel):
     estimator: str
     kind: str = Field(
         description="What the number is: a lower bound in expectation, debiased, "
-        "a ratio of means, or exact."
+        "a ratio of means, a difference, or exact."
     )
+    acceptance: float | None = Field(
+        description="The part of the chains' transitions that were accepted; null without chains."
+    )
+
+
+QualityUsed = Annotated[
+    Literal["fast", "standard", "high"] | None,
+    Field(description="That was used; null where an estimator was asked for."),
+]
 
 
 class Imputed(BaseModel):
@@ -172,7 +200,10 @@ class Imputed(BaseModel):
     mean: Any = Field(description="Posterior mean where missing; observed pixels as they came.")
     draws: list[Any] | None = Field(description="Independent completions, each a possible image.")
     std: Any = Field(description="Posterior standard deviation; zero where observed.")
+    median: Any = Field(description="Of each pixel by itself; of a binary one it is the mode.")
+    quantiles: list[Any] | None = Field(description="Of each pixel by itself, at the levels.")
     log_likelihood: Estimate
+    quality: QualityUsed
     seed: int = Field(description="With it this image alone gets this result again.")
     binarised: bool = Field(description="Whether grey levels were cut at 127 for the model.")
 
@@ -189,7 +220,14 @@ class Scored(BaseModel):
 
     id: str | None
     log_likelihood: Estimate
-    conditional: Estimate | None = Field(description="log p(missing | observed) of the truth.")
+    conditional: Estimate | None = Field(
+        description="log p(missing | observed) of the truth, by self-normalised weights: "
+        "no particles can flatter it."
+    )
+    difference: Estimate | None = Field(
+        description="The same as log p(truth) - log p(observed): as good as the two are."
+    )
+    quality: QualityUsed
     seed: int
     binarised: bool
 

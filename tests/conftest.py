@@ -31,10 +31,17 @@ def small_model(
     seed: int = 0,
 ) -> LatentVariableModel:
     """A model in float64 whose pixels depend on z far more than in a fresh network."""
-    noise = Noise(seed)
     architecture = Architecture(
         image_shape=image_shape, latent=latent, upper=upper, hidden=(8,), upper_hidden=(6,)
     )
+    return made_of(architecture, gain=gain, seed=seed)
+
+
+def made_of(
+    architecture: Architecture, *, gain: float = 2.0, seed: int = 0
+) -> LatentVariableModel:
+    """Such a model of any parts."""
+    noise = Noise(seed)
     model = architecture.build(noise).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """Annealed chains against the exact posterior of factor analysis."""
 
+import pytest
 import torch
 
 from model.annealing import Chains, annealed
@@ -37,7 +38,7 @@ def test_the_last_states_are_the_posterior():
     posterior = exact(model).posterior(images)
     w = normalise(found.log_weights)[..., None]
     covariance = posterior.factor[:, 0] @ posterior.factor[:, 0].mT
-    away = found.latents - posterior.mean
+    away = found.latents[:, 0] - posterior.mean
     deviation = covariance.diagonal(dim1=1, dim2=2).sqrt()
 
     assert ((w * away).sum(1) / deviation).abs().max() < 0.1
@@ -66,3 +67,31 @@ def test_an_images_chains_do_not_depend_on_its_neighbours():
     )
 
     torch.testing.assert_close(alone.log_weights, together.log_weights[2:], rtol=0, atol=1e-10)
+
+
+def test_chains_that_stay_at_their_modes_count_all_modes():
+    """From three Gaussians at one place and one far away each weight is p(x_o) still."""
+    model = linear_model(shape=(1, 4, 5), latent=5)
+    images = holes(model, 4)
+    posterior = exact(model).posterior(images)
+    mean = posterior.mean.repeat(1, 4, 1)
+    mean[:, 3] += 9.0
+    start = CorrelatedMixture(mean, posterior.factor.repeat(1, 4, 1, 1))
+    noise = NoisePerImage.of(0, range(4))
+    found = finish(annealed(model, images, start, noise, temperatures=40, chains=32))
+
+    truth = exact(model).log_likelihood(images)
+    assert (found.log_weights.exp().mean(-1).log() - truth).abs().max() < 0.3
+
+
+def test_the_chains_are_shared_evenly():
+    """A start of three Gaussians cannot have eight chains."""
+    model = linear_model()
+    posterior = exact(model).posterior(holes(model, 2))
+    start = CorrelatedMixture(posterior.mean.repeat(1, 3, 1), posterior.factor.repeat(1, 3, 1, 1))
+    stages = annealed(
+        model, holes(model, 2), start, NoisePerImage.of(0, range(2)), temperatures=5, chains=8
+    )
+
+    with pytest.raises(ValueError, match="a multiple of 3 chains; got 8"):
+        finish(stages)

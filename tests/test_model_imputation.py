@@ -1,14 +1,16 @@
 """Completions against quadrature, enumeration and simulation-based calibration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
-from model.latent import LatentVariableModel
+from model.latent import Architecture, LatentVariableModel
 from model.likelihood import PROPOSALS, blocks, finish
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage, Source
@@ -17,11 +19,20 @@ from tests.conftest import (
     copies,
     every_image,
     fixed_model,
+    made_of,
     some_incomplete,
     standard_errors,
 )
+from tests.test_model_factor_analysis import exact, holes, linear_model
 
 COUNT = 1500
+
+
+WAYS = {
+    **{proposal: Quality("importance", proposal) for proposal in PROPOSALS},
+    "annealed": QUALITIES["high"],
+}
+QUICK = [way for way in WAYS if way != "svi"]
 
 
 def _impute(
@@ -30,19 +41,28 @@ def _impute(
     *,
     particles: int = 512,
     draws: int = 1,
-    proposal: str = "laplace",
+    levels: Sequence[float] = (),
+    way: str = "laplace",
 ) -> Completions:
-    noise = NoisePerImage.of(0, range(len(images)))
     return finish(
-        impute(model, images, noise, particles=particles, draws=draws, proposal=proposal)
+        impute(
+            model,
+            images,
+            NoisePerImage.of(0, range(len(images))),
+            particles=particles,
+            draws=draws,
+            levels=levels,
+            proposal=WAYS[way].proposal,
+            estimator=WAYS[way].estimator,
+        )
     )
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_mean_and_deviation_are_those_of_the_posterior(proposal: str):
+@pytest.mark.parametrize("way", QUICK)
+def test_mean_and_deviation_are_those_of_the_posterior(way: str):
     """E[x | x_o] and the deviation of x given x_o are the model's, by quadrature."""
     model, images = fixed_model(), some_incomplete()
-    found = _impute(model, copies(images, 40), proposal=proposal)
+    found = _impute(model, copies(images, 40), way=way)
     exact = Quadrature.of(model).posterior_mean(images)
     missing = ~images.observed
 
@@ -53,13 +73,13 @@ def test_mean_and_deviation_are_those_of_the_posterior(proposal: str):
     torch.testing.assert_close(found.std[hidden], binary[hidden], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_draws_are_completions_with_the_models_probabilities(proposal: str):
+@pytest.mark.parametrize("way", QUICK)
+def test_draws_are_completions_with_the_models_probabilities(way: str):
     """Every completion x_m comes as often as p(x_m | x_o) says, correlations included."""
     model, images = fixed_model(), some_incomplete(1, seed=12)
     rule = Quadrature.of(model)
     repeats = copies(images, COUNT)
-    draws = _impute(model, repeats, particles=128, proposal=proposal).draws.flatten(1)
+    draws = _impute(model, repeats, particles=128, way=way).draws.flatten(1)
     code = (2.0 ** torch.arange(8, -1, -1)).double()
     candidates = every_image()
     agree = ((candidates == images.values) | ~images.observed).flatten(1).all(1)
@@ -74,17 +94,17 @@ def test_draws_are_completions_with_the_models_probabilities(proposal: str):
     assert chisquare(got, expected).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_what_was_seen_comes_back_untouched(proposal: str):
-    """Observed pixels are the image's to the bit in mean and draws, with no deviation."""
+@pytest.mark.parametrize("way", ["laplace", "annealed"])
+def test_what_was_seen_comes_back_untouched(way: str):
+    """Observed pixels are the image's to the bit in all outputs, with no deviation."""
     images = some_incomplete()
-    found = _impute(fixed_model(), images, particles=70, draws=3, proposal=proposal)
+    found = _impute(fixed_model(), images, particles=70, draws=3, levels=[0.1, 0.9], way=way)
     seen = images.observed
 
     assert torch.equal(found.mean[seen], images.values[seen])
     assert (found.std[seen] == 0).all()
     assert (found.std[~seen] > 0).all()
-    for draw in found.draws.unbind(1):
+    for draw in [*found.draws.unbind(1), *found.quantiles.unbind(1)]:
         assert torch.equal(draw[seen], images.values[seen])
         assert set(draw[~seen].unique().tolist()) <= {0.0, 1.0}
 
@@ -127,7 +147,7 @@ def test_draws_take_particles_of_every_block_by_their_weights(
         return whole(self, images, latents, noise)
 
     monkeypatch.setattr(LatentVariableModel, "impute", recorded)
-    _impute(model, images, particles=200, draws=5000, proposal="zero-filled")
+    _impute(model, images, particles=200, draws=5000, way="zero-filled")
     parts = list(blocks(model, images, _noise(1), particles=200, proposal="zero-filled"))
     z = torch.cat([p.latents for p in parts], 1)[0]
     w = torch.cat([p.log_weights for p in parts], 1)[0].softmax(-1)
@@ -150,6 +170,74 @@ def test_completions_carry_the_likelihood_of_what_was_seen():
     )
 
 
+# Quantiles
+
+
+def test_quantiles_of_binary_pixels_are_those_of_their_mean():
+    """A pixel is one from the level on that its chance of being zero is."""
+    images, levels = some_incomplete(), [0.05, 0.5, 0.95]
+    found = _impute(fixed_model(), images, levels=levels)
+    missing = ~images.observed
+
+    for level, pixels in zip(levels, found.quantiles.unbind(1), strict=True):
+        assert torch.equal(pixels[missing], (1 - found.mean[missing] < level).double())
+
+
+@pytest.mark.parametrize("way", ["laplace", "annealed"])
+def test_quantiles_of_real_pixels_are_those_of_the_posterior(way: str):
+    """Of factor analysis, whose missing pixels are Gaussian given what was seen."""
+    model = linear_model(shape=(1, 2, 3), latent=2)
+    images, levels = holes(model, 4), torch.tensor([0.05, 0.5, 0.95]).double()
+    found = _impute(model, copies(images, 40), levels=levels.tolist(), way=way).quantiles
+    mean, covariance = exact(model).conditional(images)
+    deviation = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    truth = mean[:, None] + torch.special.ndtri(levels)[:, None] * deviation[:, None]
+    several = found.flatten(2).unflatten(0, (4, 40)).transpose(0, 1)
+    missing = ~images.observed.flatten(1)[:, None].expand_as(truth)
+
+    assert standard_errors(several, truth)[missing].abs().max() < 4.5
+
+
+# Two ways to be completed
+
+
+def _two_sided() -> LatentVariableModel:
+    """A model in which the first pixel is lit at z of ±1.5, and the last two for z above 0.
+
+    The second pixel says a little of the side.
+    """
+    model = fixed_model(image_shape=(1, 2, 2), latent=1)
+    first, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Linear))
+    edges = torch.tensor([-2.2, -0.8, 0.8, 2.2]).double()
+    bumps = torch.tensor([3.0, -3.0, 3.0, -3.0]).double()
+    side = torch.tensor([0.0, 0.5, 0.5, 0.0]).double()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.zero_()
+        first.weight[:4, 0], first.bias[:4] = 4.0, -4 * edges
+        last.weight[0, :4], last.weight[1, :4], last.bias[0] = bumps, 0.4 * side, -3.0
+        last.weight[2:, :4] = 8 * side
+    return model
+
+
+@pytest.mark.parametrize("way", ["laplace", "annealed"])
+def test_draws_find_both_modes_in_the_right_proportion(way: str):
+    """Where what is missing is either all zeros or all ones, each comes as often as it should."""
+    model = _two_sided()
+    values = torch.tensor([1.0, 1.0, 0.0, 0.0]).double().reshape(1, 1, 2, 2)
+    images = Incomplete.hide(values, torch.tensor([True, True, False, False]).view(1, 1, 2, 2))
+    rule = Quadrature.of(model, step=1 / 64)
+    lit = rule.logits.sigmoid()[:, 2:]
+    each = torch.stack([lit.prod(-1), (1 - lit).prod(-1)], -1)
+    (exact_shares,) = rule.posterior(images) @ each
+    draws = _impute(model, copies(images, 2000), particles=256, way=way).draws.flatten(1)[:, 2:]
+    shares = torch.stack([(draws.sum(1) == 2), (draws.sum(1) == 0)], -1).double().mean(0)
+
+    assert 0.5 < exact_shares[0] < 0.7
+    assert exact_shares.sum() > 0.9
+    assert (shares - exact_shares).abs().max() < 0.05
+
+
 def _noise(count: int) -> NoisePerImage:
     return NoisePerImage.of(0, range(count))
 
@@ -158,12 +246,13 @@ def _noise(count: int) -> NoisePerImage:
 # rank among draws given a part of it is uniform.
 
 IMAGES, DRAWS = 400, 19
+LARGE, FEW = "gated convolutions", 80
 Draw = Callable[[LatentVariableModel, Incomplete], Tensor]
 
 
-def _weighted(proposal: str) -> Draw:
+def _weighted(way: str, *, particles: int = 256) -> Draw:
     def draw(model: LatentVariableModel, images: Incomplete) -> Tensor:
-        return _impute(model, images, particles=256, draws=DRAWS, proposal=proposal).draws
+        return _impute(model, images, particles=particles, draws=DRAWS, way=way).draws
 
     return draw
 
@@ -175,10 +264,15 @@ def _unweighted(model: LatentVariableModel, images: Incomplete) -> Tensor:
     return model.impute(images, block.latents, noise.at("draws"))
 
 
-def _calibration(draw: Draw, *, seed: int) -> float:
+def _calibration(
+    draw: Draw, *, seed: int, images: int = IMAGES, architecture: Architecture | None = None
+) -> float:
     """The p-value of uniform ranks; ties are broken by chance."""
-    model = fixed_model(image_shape=(1, 4, 4), latent=3, gain=2.5)
-    truth = model.sample(IMAGES, Noise(seed))
+    shape = (1, 4, 4)
+    model = fixed_model(image_shape=shape, latent=3, gain=2.5)
+    if architecture is not None:
+        model = made_of(replace(architecture, image_shape=shape), gain=2.5)
+    truth = model.sample(images, Noise(seed))
     seen = Noise(seed).at("mask").uniform(*truth.shape, like=truth) < 0.5
     draws = draw(model, Incomplete.hide(truth, seen))
     # The missing pixels, each weighted by what the seen ones tell of it: draws that do not heed
@@ -195,10 +289,38 @@ def _calibration(draw: Draw, *, seed: int) -> float:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_the_truth_is_like_a_draw(proposal: str, seed: int):
-    """Among 19 draws the truth has each of the 20 ranks as often, whatever the proposal."""
-    assert _calibration(_weighted(proposal), seed=seed) > 1e-3
+@pytest.mark.parametrize("way", WAYS)
+def test_the_truth_is_like_a_draw(way: str, seed: int):
+    """Among 19 draws the truth has each of the 20 ranks as often, however they are made."""
+    assert _calibration(_weighted(way), seed=seed) > 1e-3
+
+
+FAMILY = {
+    "two layers": Architecture(latent=3, upper=2, hidden=(8,), upper_hidden=(6,)),
+    "gated convolutions": Architecture(
+        latent=3, hidden=(8,), encoder="gated-conv", decoder="gated-conv"
+    ),
+    "a linear decoder": Architecture(latent=3, hidden=(8,), decoder="linear"),
+    "real pixels": Architecture(latent=3, hidden=(8,), likelihood="gaussian"),
+    "factor analysis": Architecture(
+        latent=3, encoder="exact", decoder="linear", likelihood="gaussian"
+    ),
+}
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_the_truth_is_like_a_draw_of_every_network_and_likelihood(member: str):
+    """The ranks are as even of one layer or two, of any network, of binary and real pixels."""
+    images = FEW if member == LARGE else IMAGES
+    way, parts = _weighted("laplace", particles=128), FAMILY[member]
+
+    assert _calibration(way, seed=1, images=images, architecture=parts) > 1e-3
+
+
+@pytest.mark.parametrize("member", ["two layers", "real pixels"])
+def test_the_truth_is_like_the_draws_of_chains(member: str):
+    """So are those of annealed chains."""
+    assert _calibration(_weighted("annealed"), seed=1, architecture=FAMILY[member]) > 1e-3
 
 
 def test_draws_without_weights_are_not_calibrated():

@@ -1,6 +1,8 @@
 """The routes, over real HTTP: what is promised of every answer, and of every refusal."""
 
+import io
 import json
+import math
 import shutil
 import socket
 import struct
@@ -242,7 +244,104 @@ def test_every_estimator_can_be_asked_for(client: httpx.Client, folder: Path, es
     assert (found["estimator"], found["kind"]) == (estimator, expected.kind)
     assert found["value"] == pytest.approx(expected.value.item(), abs=1e-6)
     assert found["particles"] == expected.particles
-    assert result["conditional"] == plain[0]["conditional"]
+    assert result["quality"] is None
+    if estimator != "annealed":  # which has more particles for it
+        assert result["conditional"] == plain[0]["conditional"]
+
+
+DOUBT = {"nothing is": False, "everything is": True}
+
+
+@pytest.mark.parametrize("doubt", DOUBT)
+@pytest.mark.parametrize("path", ["/v1/impute", "/v1/log-likelihood"])
+def test_what_is_in_doubt_is_answered_in_high_quality(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, doubt: str
+):
+    """Without a quality the answer is that of `standard`, or where in doubt that of `high`."""
+    monkeypatch.setattr(
+        "model.estimators.doubtful",
+        lambda found: torch.full_like(found.value, DOUBT[doubt]).bool(),
+    )
+    body = {"images": [ITEM, ITEM], "particles": 64, "seed": 3}
+    by_itself, again = (_post(client, path, **body) for _ in range(2))
+    used = "high" if DOUBT[doubt] else "standard"
+
+    assert [result["quality"] for result in by_itself["results"]] == [used, used]
+    assert by_itself == again
+    assert by_itself == _post(client, path, **body, quality=used)
+
+
+@pytest.mark.parametrize("quality", ["fast", "standard", "high"])
+def test_the_quality_that_was_asked_for_is_used(client: httpx.Client, quality: str):
+    """Both routes say the same of what was seen, and chains say how often they moved."""
+    (imputed,) = _impute(client, quality=quality, particles=200)["results"]
+    (scored,) = _score(client, quality=quality, particles=200)["results"]
+    found = imputed["log_likelihood"]
+
+    assert imputed["quality"] == scored["quality"] == quality
+    assert found == pytest.approx(scored["log_likelihood"], rel=1e-6)
+    assert found["estimator"] == ("annealed" if quality == "high" else "importance")
+    if quality == "high":
+        assert 0 < found["acceptance"] <= 1
+    else:
+        assert found["acceptance"] is None
+
+
+def test_the_median_and_quantiles_are_those_of_the_mean(client: httpx.Client):
+    """Of binary pixels they are one where the chance of zero is below their level."""
+    outputs = ["mean", "median", "quantiles"]
+    (result,) = _impute(client, outputs=outputs, levels=[0.1, 0.9], encoding="npy")["results"]
+    mean = pixels_of(result["mean"])[MASK]
+    images = [*result["quantiles"], result["median"]]
+
+    assert result["draws"] is result["std"] is None
+    for level, image in zip((0.1, 0.9, 0.5), images, strict=True):
+        np.testing.assert_array_equal(pixels_of(image)[MASK], 1 - mean < level)
+        np.testing.assert_array_equal(pixels_of(image)[~MASK], BITS[~MASK] / 255)
+
+
+def test_a_form_may_ask_for_quantiles(client: httpx.Client):
+    """Levels are numbers with commas between, and the answer is that of JSON."""
+    options = {"particles": 70, "seed": 5, "encoding": "npy", "quality": "fast"}
+    by_json = client.post(
+        "/v1/impute",
+        json={"images": [ITEM], "levels": [0.25, 0.75], "outputs": ["quantiles"], **options},
+    )
+    by_form = client.post(
+        "/v1/impute",
+        files={"image": IMAGE, "mask": HOLES},
+        data={"levels": "0.25,0.75", "outputs": "quantiles", **options},
+    )
+
+    assert by_form.content == by_json.content
+    assert len(by_json.json()["results"][0]["quantiles"]) == 2
+
+
+def test_the_median_may_be_the_picture(client: httpx.Client):
+    """With Accept: image/png and the median alone, that is what comes, with its quality."""
+    answer = client.post(
+        "/v1/impute",
+        json={"images": [ITEM], "particles": 64, "seed": 3, "outputs": ["median"]},
+        headers={"Accept": "image/png"},
+    )
+    (result,) = _impute(client, outputs=["median"])["results"]
+
+    assert answer.headers["X-Quality"] == result["quality"]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(answer.content))), pixels_of(result["median"])
+    )
+
+
+def test_with_the_truth_there_are_two_estimates_of_the_missing_pixels(client: httpx.Client):
+    """A distribution over them, and the difference of two; where all is observed both are 0."""
+    (whole,) = _score(client, {"image": text(IMAGE), "truth": text(IMAGE)})["results"]
+    (holed,) = _score(client, {**ITEM, "truth": text(IMAGE)}, particles=500)["results"]
+
+    assert whole["conditional"]["value"] == 0
+    assert holed["difference"]["kind"] == "difference"
+    off = holed["difference"]["value"] - holed["conditional"]["value"]
+    errors = [holed[name]["standard_error"] for name in ("difference", "conditional")]
+    assert abs(off) < 5 * math.hypot(*errors)
 
 
 @pytest.mark.parametrize(("estimator", "fewest"), [("jackknife", 65), ("jackknife-2", 129)])
@@ -621,12 +720,23 @@ BAD: dict[str, Bad] = {
             "seed": (-1, 2**53, 1.5, False, "7", 10**400),
             "outputs": ("mean", {}, None),
             "encoding": ("jpeg", 3, None),
+            "quality": ("best", 3, None),
             "model": (3, ["tiny"]),
             "images": ("x", {}, None, []),
         }.items()
         for value in values
     },
-    "an unknown output": _body(422, "outputs[1]", outputs=["mean", "median"]),
+    "an unknown output": _body(422, "outputs[1]", outputs=["mean", "mode"]),
+    "levels of nothing": _body(422, "levels", levels=[]),
+    "too many levels": _body(422, "levels", levels=[0.5] * 10),
+    "a level of one": _body(422, "levels[0]", levels=[1.0]),
+    "a level that is no number": _body(422, "levels[1]", levels=[0.5, "x"]),
+    "an estimator and a quality": Bad(
+        422,
+        "estimator",
+        {"json": {"images": [ITEM], "estimator": "annealed", "quality": "high"}},
+        "/v1/log-likelihood",
+    ),
     "too many images": _body(422, "images", images=[{"image": ""}] * 257),
     "an image that is no object": _body(422, "images[0]", images=["x"]),
     "an image without an image": _body(422, "images[0].image", images=[{"mask": ""}]),
@@ -701,6 +811,7 @@ BAD: dict[str, Bad] = {
     "a form with an unknown file": _form(422, "wings", {"image": IMAGE, "wings": b"2"}),
     "a form with images": _form(422, "images", {"image": IMAGE}, images="[]"),
     "a form with text for a number": _form(422, "particles", {"image": IMAGE}, particles="many"),
+    "a form with text for levels": _form(422, "levels", {"image": IMAGE}, levels="0.5;0.9"),
     "a form with a fraction": _form(422, "particles", {"image": IMAGE}, particles="1.5"),
     "a form with a number out of range": _form(422, "draws", {"image": IMAGE}, draws="-1"),
     "a form with a file that is no image": _form(415, "images[0].image", {"image": b"hello"}),

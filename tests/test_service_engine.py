@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +20,32 @@ from hypothesis import strategies as st
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.likelihood import BLOCK
-from service.engine import PREPARATION, Engine, Impute, Sample, Score
+from service.engine import (
+    PREPARATION,
+    Engine,
+    Estimate,
+    Imputation,
+    Impute,
+    Quality,
+    Sample,
+    Score,
+)
 from service.errors import BadInput, Failed, NotReady, Overloaded, TooLarge, UnknownModel
 from tests.wire import SHAPE, random_mask, write_checkpoint
 
 T = TypeVar("T")
+BLANK = np.zeros(SHAPE, np.float32)
+ESTIMATE = Estimate(
+    value=-1.0,
+    standard_error=0.1,
+    effective_sample_size=30.0,
+    pareto_k=0.5,
+    reliable=True,
+    particles=64,
+    estimator="importance",
+    kind="lower bound",
+    acceptance=None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +78,8 @@ class Fake:
     began: threading.Event = field(default_factory=threading.Event)
     at_end: Callable[[], None] = lambda: None
     done: int = 0
+    better: "Fake | None" = None
+    """What is done in place of an answer."""
 
     def stages(self, _model: Any) -> Generator[None, None, "Fake"]:
         """The work."""
@@ -70,6 +93,10 @@ class Fake:
             raise self.failure
         self.at_end()
         return self
+
+    def instead(self, _result: "Fake") -> "Fake | None":
+        """The better job, where there is one."""
+        return self.better
 
 
 def _submit(engine: Engine, *jobs: Any) -> Coroutine[Any, Any, list[Any]]:
@@ -306,25 +333,47 @@ def _cost_and_rows(folder: Path, job: Impute | Score) -> tuple[int, int]:
     return job.cost, sum(rows)
 
 
+@pytest.mark.parametrize("truth", [None, BLANK])
 @pytest.mark.parametrize("particles", [1, 64, 65, 1000])
-def test_a_job_costs_the_rows_that_the_decoder_sees(folder: Path, particles: int):
+def test_a_job_costs_the_rows_that_the_decoder_sees(
+    folder: Path, particles: int, truth: np.ndarray | None
+):
     """Admission counts the work itself, so that many small requests are not free.
 
     Beside the rows it counts the derivatives that a proposal takes of a model of 40 latents.
     """
-    values, missing = np.zeros(SHAPE, np.float32), random_mask()
+    missing = random_mask()
     impute = Impute(
-        model="tiny", values=values, missing=missing, particles=particles, draws=3, seed=0
+        model="tiny", values=BLANK, missing=missing, particles=particles, draws=3, seed=0
     )
     score = Score(
-        model="tiny", values=values, missing=missing, truth=None, particles=particles, seed=0
+        model="tiny", values=BLANK, missing=missing, truth=truth, particles=particles, seed=0
     )
+    block = BLOCK * math.ceil(particles / BLOCK)
+    looks = 3 if truth is not None else 1
 
-    for job in (impute, score):
+    for job, blocks, proposals in ((impute, block + 3, 1), (score, looks * block, looks)):
         cost, rows = _cost_and_rows(folder, job)
-        blocks = BLOCK * math.ceil(particles / BLOCK) + (3 if job is impute else 0)
-        assert cost == blocks + PREPARATION * BLOCK
+        assert cost == blocks + proposals * PREPARATION * BLOCK
         assert blocks < rows <= cost
+
+
+@pytest.mark.parametrize("quality", ["fast", "high"])
+def test_a_job_of_another_quality_costs_no_more_than_it_says(folder: Path, quality: Quality):
+    """A gradient is three rows, and the chains' are most of the cost of high quality."""
+    job = Impute(
+        model="tiny",
+        values=BLANK,
+        missing=random_mask(),
+        particles=64,
+        draws=3,
+        levels=(0.5,),
+        seed=0,
+        quality=quality,
+    )
+    cost, rows = _cost_and_rows(folder, job)
+
+    assert cost / 4 < rows <= cost
 
 
 def test_a_sample_costs_its_images(engine: Engine):
@@ -334,6 +383,43 @@ def test_a_sample_costs_its_images(engine: Engine):
 
     assert job.cost == 5
     assert drawn.shape == (5, *SHAPE)
+
+
+# Doubt
+
+
+def test_in_place_of_a_doubtful_answer_the_better_work_is_done(engine: Engine):
+    """Its result is the answer, and what waits is what is left of it."""
+    waiting: list[int] = []
+    better = Fake(blocks=2, cost=50, at_end=lambda: waiting.append(engine.waiting))
+    quick = Fake(cost=3, better=better)
+
+    assert _run(lambda: _submit(engine, quick)) == [better]
+    assert (quick.done, better.done) == (1, 2)
+    assert waiting == [50]
+    assert engine.waiting == 0
+
+
+def test_better_work_that_fails_is_a_failure(engine: Engine):
+    """Nothing is answered that was in doubt, and the next job is done."""
+    worse = Fake(better=Fake(failure=ValueError()))
+    with pytest.raises(Failed):
+        _run(lambda: _submit(engine, worse))
+    good = Fake()
+
+    assert _run(lambda: _submit(engine, good)) == [good]
+    assert engine.waiting == 0
+
+
+@pytest.mark.parametrize("doubtful", [True, False])
+def test_high_quality_comes_in_place_of_doubt(doubtful: bool):  # noqa: FBT001
+    """A job that escalates is done again in high quality where its result is in doubt, once."""
+    job = Impute(model="tiny", values=BLANK, missing=random_mask(), particles=64, draws=1, seed=4)
+    result = Imputation(BLANK, BLANK, BLANK, BLANK, ESTIMATE, doubtful, "standard")
+
+    assert job.instead(result) is None
+    harder = replace(job, escalates=True).instead(result)
+    assert harder == (replace(job, quality="high") if doubtful else None)
 
 
 # Start and stop
