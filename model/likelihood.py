@@ -286,8 +286,10 @@ def exactly(
     if exact is None or not isinstance(proposal, str):
         return found
     value = exact.log_likelihood(images).to(found.value)
-    sure = torch.zeros_like(value)
-    return replace(found, value=value, pareto_k=sure, estimator="exact", kind="exact")
+    none = torch.zeros_like(value)
+    return replace(
+        found, value=value, standard_error=none, pareto_k=none, estimator="exact", kind="exact"
+    )
 
 
 def estimate_of(sums: WeightSums) -> Estimate:
