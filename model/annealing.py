@@ -21,21 +21,21 @@ is tuned on the chains that are counted.
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from model.latent import LatentVariableModel, gradients
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import CorrelatedMixture, Latents, PerParticle
+from model.proposal import CorrelatedMixture, Latents, PerParticle, StandardNormal
 
 __all__ = ["LEAPFROGS", "Chains", "annealed"]
 
-LEAPFROGS = 6
-STEP_SIZES = (0.1, 0.4)
+LEAPFROGS = 4
+STEP_SIZES = (0.2, 0.7)
 """In standard deviations of where a chain begins; each transition's is uniform between them."""
 LADDER = 4.0
 """The temperatures are those of a logistic function from minus to plus this (Wu et al., "On the
@@ -75,35 +75,72 @@ def annealed(
     if chains % components:
         raise ValueError(f"Expected a multiple of {components} chains; got {chains}.")
     path = _Path.of(model, images, start, chains)
-    u = noise.at("start").normal(batch, chains, size, like=start.mean)
-    log_w = torch.zeros_like(u[..., 0])
+    at = path.point(noise.at("start").normal(batch, chains, size, like=start.mean))
+    log_w = torch.zeros_like(at.log_joint)
     accepted = torch.zeros_like(log_w)
     ladder = torch.linspace(-LADDER, LADDER, temperatures + 1).sigmoid().tolist()
     betas = [(rung - ladder[0]) / (ladder[-1] - ladder[0]) for rung in ladder]
     states: list[Latents] = []
     for index in range(temperatures + further):
         if index < temperatures:
-            log_w = log_w + (betas[index + 1] - betas[index]) * path.log_ratio(u)
+            rise = betas[index + 1] - betas[index]
+            log_w = log_w + rise * (at.log_joint - at.log_start)
         beta = betas[min(index + 1, temperatures)]
-        u, moved = path.transition(u, beta, noise.at("transition", index))
+        at, moved = path.transition(at, beta, noise.at("transition", index))
         accepted = accepted + moved
-        states.append(u)
+        states.append(at.standard)
         yield
-    last = torch.stack([path.latents(u) for u in states[temperatures - 1 :]], 1)
+    last = torch.stack([model.prior.from_standard(z) for z in states[temperatures - 1 :]], 1)
     return Chains(last, log_w, (accepted / len(states)).mean(-1))
 
 
 @dataclass(frozen=True)
+class _Point:
+    """Where chains are, in coordinates u where the Gaussian that each began at is N(0, I)."""
+
+    u: Latents
+    standard: Latents
+    log_start: PerParticle
+    """The logarithm of q(z)."""
+    log_joint: PerParticle
+    """The logarithm of p(x_o, z)."""
+    start_slope: Latents
+    joint_slope: Latents
+    """The gradients of the two in u."""
+
+    def height(self, beta: float) -> PerParticle:
+        """The logarithm of f_β but for a constant."""
+        return (1 - beta) * self.log_start + beta * self.log_joint
+
+    def slope(self, beta: float) -> Latents:
+        """Its gradient."""
+        return (1 - beta) * self.start_slope + beta * self.joint_slope
+
+    def where(self, moves: Bool[Tensor, "batch chains"], other: "_Point") -> "_Point":
+        """The other point of those chains that move."""
+        parts = {
+            f.name: torch.where(
+                moves if f.name.startswith("log") else moves[..., None],
+                getattr(other, f.name),
+                getattr(self, f.name),
+            )
+            for f in fields(self)
+        }
+        return _Point(**parts)
+
+
+@dataclass(frozen=True)
 class _Path:
-    """The distributions of chains, in coordinates where the first is N(0, I)."""
+    """The distributions from the mixture that chains begin at to the posterior."""
 
     model: LatentVariableModel
     images: Incomplete
     start: CorrelatedMixture
     inverse: Float[Tensor, "batch components latent latent"]
     """Of the factors of the start's Gaussians."""
-    own: Int[Tensor, " chains"]
-    """Of which of them each chain is."""
+    mean: Latents
+    factor: Float[Tensor, "batch chains latent latent"]
+    """Of the Gaussian that each chain is of."""
 
     @classmethod
     def of(
@@ -113,59 +150,54 @@ class _Path:
         start: CorrelatedMixture,
         chains: int,
     ) -> "_Path":
-        with gradients():
-            start = CorrelatedMixture(start.mean.clone(), start.factor.clone())
-            identity = torch.eye(start.mean.shape[-1]).to(start.mean)
-            inverse = torch.linalg.solve_triangular(start.factor, identity, upper=False)
-            own = torch.arange(chains, device=identity.device) % start.mean.shape[1]
-            return cls(model, images.copy(), start, inverse, own)
+        identity = torch.eye(start.mean.shape[-1]).to(start.mean)
+        inverse = torch.linalg.solve_triangular(start.factor, identity, upper=False)
+        own = torch.arange(chains, device=identity.device) % start.mean.shape[1]
+        mean, factor = start.mean[:, own], start.factor[:, own]
+        with torch.inference_mode(mode=False):
+            return cls(model, images.copy(), start, inverse, mean, factor)
 
-    def standard(self, u: Latents) -> Latents:
-        return (
-            self.start.mean[:, self.own] + (self.start.factor[:, self.own] @ u[..., None])[..., 0]
-        )
+    def point(self, u: Latents) -> _Point:
+        standard = self.mean + (self.factor @ u[..., None])[..., 0]
+        log_start, start_slope = self._start(standard)
+        log_joint, joint_slope = self._joint(standard)
+        slopes = torch.stack([start_slope, joint_slope], -2) @ self.factor
+        return _Point(u, standard, log_start, log_joint, *slopes.unbind(-2))
 
-    def latents(self, u: Latents) -> Latents:
-        return self.model.prior.from_standard(self.standard(u))
-
-    def log_start(self, standard: Latents) -> PerParticle:
-        """The logarithm of q(z)."""
+    def _start(self, standard: Latents) -> tuple[PerParticle, Latents]:
+        """The logarithm of q(z) and its gradient in z."""
         away = standard[:, None] - self.start.mean[:, :, None]
-        squares = (away @ self.inverse.mT).square().sum(-1)
+        white = away @ self.inverse.mT
         scale = self.inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)[..., None]
-        each = scale - 0.5 * squares - 0.5 * standard.shape[-1] * math.log(2 * math.pi)
-        return each.logsumexp(1) - math.log(each.shape[1])
+        each = scale - 0.5 * white.square().sum(-1)
+        constant = math.log(each.shape[1]) + 0.5 * math.log(2 * math.pi) * standard.shape[-1]
+        shares = each.softmax(1)[..., None]
+        return each.logsumexp(1) - constant, -(shares * (white @ self.inverse)).sum(1)
 
-    def log_ratio(self, u: Latents) -> PerParticle:
-        """The logarithm of p(x_o, z) / q(z)."""
-        standard = self.standard(u)
-        joint = self.model.standard_log_joint(self.images, standard)
-        return joint - self.log_start(standard)
+    def _joint(self, standard: Latents) -> tuple[PerParticle, Latents]:
+        """The logarithm of p(x_o, z), of z as of numbers from N(0, I), and its gradient in z."""
+        with gradients():
+            leaf = standard.clone().requires_grad_()
+            decoded = self.model.decode(self.model.prior.from_standard(leaf))
+            with torch.no_grad():
+                density = self.model.likelihood.log_density(decoded, self.images)
+                rise = self.model.likelihood.slope(decoded, self.images)
+            (slope,) = torch.autograd.grad(decoded, [leaf], [rise])
+        normal = StandardNormal(standard.shape[-1])
+        return density + normal.log_density(standard), slope - standard
 
-    def transition(self, u: Latents, beta: float, noise: Source) -> tuple[Latents, PerParticle]:
-        """The next states, and where there was a move; the states before where there was none."""
+    def transition(self, at: _Point, beta: float, noise: Source) -> tuple[_Point, PerParticle]:
+        """The next points, and where there was a move; those before where there was none."""
+        u = at.u
         p = noise.at("momentum").normal(*u.shape, like=u)
         between = noise.at("step").uniform(*u.shape[:2], 1, like=u)
         size = STEP_SIZES[0] + (STEP_SIZES[1] - STEP_SIZES[0]) * between
-        height, slope = self._slope(u, beta)
-        energy, at = height - 0.5 * p.square().sum(-1), u
+        energy, there = at.height(beta) - 0.5 * p.square().sum(-1), at
         for _ in range(LEAPFROGS):
-            p = p + 0.5 * size * slope
-            at = at + size * p
-            height, slope = self._slope(at, beta)
-            p = p + 0.5 * size * slope
-        gain = height - 0.5 * p.square().sum(-1) - energy
+            p = p + 0.5 * size * there.slope(beta)
+            there = self.point(there.u + size * p)
+            p = p + 0.5 * size * there.slope(beta)
+        gain = there.height(beta) - 0.5 * p.square().sum(-1) - energy
         chance = noise.at("accept").uniform(*u.shape[:2], like=u)
         moves = chance.log() < gain
-        return torch.where(moves[..., None], at, u), moves.to(u)
-
-    def _slope(self, u: Latents, beta: float) -> tuple[PerParticle, Latents]:
-        """The logarithm of f_β but for a constant, and its gradient."""
-        with gradients():
-            leaf = u.clone().requires_grad_()
-            standard = self.standard(leaf)
-            start = self.log_start(standard)
-            joint = self.model.standard_log_joint(self.images, standard)
-            height = (1 - beta) * start + beta * joint
-            (slope,) = torch.autograd.grad(height.sum(), [leaf])
-        return height.detach(), slope
+        return at.where(moves, there), moves.to(u)

@@ -203,7 +203,7 @@ def rows(estimator: str, particles: int) -> int:
     """What an estimate costs beside its proposal, in rows of the decoder; a gradient is three."""
     blocks_of = math.ceil(particles / BLOCK) * BLOCK
     if estimator == "annealed":
-        return _temperatures(particles) * CHAINS * (3 * (LEAPFROGS + 1) + 1)
+        return _temperatures(particles) * CHAINS * 3 * LEAPFROGS
     if estimator == "adaptive":
         return blocks_of + ROUNDS * PER_ROUND
     if estimator in ORDERS:

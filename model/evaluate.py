@@ -32,7 +32,7 @@ from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
 
-__all__ = ["CHUNK", "MASKS", "evaluate", "in_chunks", "picture"]
+__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "test_images"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
@@ -69,7 +69,7 @@ def evaluate(
         raise ValueError(f"Expected scores of {', '.join(SCORES)}; got {', '.join(unknown)}.")
     read = checkpoint.read(folder)
     read.model.compiled()
-    test = _Test(read, _test_images(read.card, seed), seed, console or Console(stderr=True))
+    test = _Test(read, test_images(read.card, seed), seed, console or Console(stderr=True))
     fresh: dict[str, Any] = {}
     if "raw" in scores:
         fresh["raw"] = test.raw(raw_images, particles=raw_particles)
@@ -104,8 +104,8 @@ def picture(
     With `ambiguous` they are those of 200 test images whose draws differ most.
     """
     read = checkpoint.read(folder)
-    truth = _test_images(read.card, seed)[: 200 if ambiguous else images]
-    hidden = _hide(truth, missing, seed)
+    truth = test_images(read.card, seed)[: 200 if ambiguous else images]
+    hidden = hide(truth, missing, seed)
     parts = [
         finish(
             impute(
@@ -178,7 +178,7 @@ class _Test:
     ) -> dict[str, Any]:
         """Log p(x_m | x_o) of what a mask hides."""
         truth = self.truth[:images]
-        hidden = _hide(truth, spec, self.seed)
+        hidden = hide(truth, spec, self.seed)
 
         def work(index: Int[Tensor, " chunk"]) -> Scores:
             noise = NoisePerImage.of(self.seed, index.tolist())
@@ -253,7 +253,7 @@ def in_chunks(
         yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)
 
 
-def _test_images(card: Card, seed: int) -> Float[Tensor, "count channels height width"]:
+def test_images(card: Card, seed: int) -> Float[Tensor, "count channels height width"]:
     """The test images in an order drawn by the seed: files are often sorted by class."""
     pixels = data.load(card.data["name"]).test.pixels
     order = torch.randperm(len(pixels), generator=Noise(seed).at("test").generator())
@@ -267,7 +267,8 @@ def _test_images(card: Card, seed: int) -> Float[Tensor, "count channels height 
 THRESHOLD = 127
 
 
-def _hide(truth: Tensor, spec: str, seed: int) -> Incomplete:
+def hide(truth: Tensor, spec: str, seed: int) -> Incomplete:
+    """The images with holes that the seed draws by this mechanism."""
     shape = (truth.shape[1], truth.shape[2], truth.shape[3])
     generator = Noise(seed).at("mask", spec).generator()
     return Incomplete.hide(truth, mechanism(spec)(len(truth), shape, generator))

@@ -95,7 +95,7 @@ def rows(estimator: str, particles: int, *, draws: int, quantiles: bool) -> int:
     return cost(estimator, particles) + ROWS[estimator] + draws + quantiles * MIXED
 
 
-ROWS = {"importance": 0, "annealed": (FURTHER + 1) * CHAINS * (3 * (LEAPFROGS + 1) + 2)}
+ROWS = {"importance": 0, "annealed": (FURTHER + 1) * CHAINS * (3 * LEAPFROGS + 1)}
 """Of what can be imputed with, and the rows beyond those of its estimate."""
 
 

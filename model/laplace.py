@@ -71,9 +71,8 @@ def _curvature(
     jacobian = torch.func.vmap(torch.func.jacfwd(decoded))(z.flatten(0, 1))
     jacobian = jacobian.unflatten(0, z.shape[:2])
     parameters = model.decode(model.prior.from_standard(z))
-    slope, curvature = (
-        part.flatten(2) for part in model.likelihood.derivatives(parameters, images)
-    )
+    slope = model.likelihood.slope(parameters, images).flatten(2)
+    curvature = model.likelihood.curvature(parameters, images).flatten(2)
     identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     precision = identity + jacobian.mT @ (curvature[..., None] * jacobian)
     return precision, (slope[:, :, None] @ jacobian)[:, :, 0] - z

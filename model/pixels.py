@@ -92,11 +92,16 @@ class Bernoulli:
         density, expected = (self.compiled or bernoulli_sums)(logits.flatten(2), seen, observed)
         return density, expected
 
-    def derivatives(self, logits: Pixels, images: Incomplete) -> tuple[Pixels, Pixels]:
-        """The slope of log p(x_o | z) in the logits, and minus its curvature."""
-        seen, mean = images.observed[:, None], logits.sigmoid()
-        slope = torch.where(seen, images.values[:, None] - mean, 0.0)
-        return slope, torch.where(seen, mean * (1 - mean), 0.0)
+    def slope(self, logits: Pixels, images: Incomplete) -> Pixels:
+        """Of log p(x_o | z) in the logits."""
+        observed = images.observed[:, None].to(logits)
+        seen = images.values[:, None] * observed
+        return torch.addcmul(seen, logits.sigmoid(), observed, value=-1)
+
+    def curvature(self, logits: Pixels, images: Incomplete) -> Pixels:
+        """Of log p(x_o | z) in the logits, without its sign."""
+        mean = logits.sigmoid()
+        return mean * (1 - mean) * images.observed[:, None]
 
     def mean(self, logits: Pixels) -> Pixels:
         """E[x | z]."""
@@ -172,11 +177,15 @@ class GaussianPixels(nn.Module):
         expected = torch.where(images.observed, 0.0, each).sum((1, 2, 3))
         return self.log_density(means, images), expected[:, None].expand(means.shape[:2])
 
-    def derivatives(self, means: Pixels, images: Incomplete) -> tuple[Pixels, Pixels]:
-        """The slope of log p(x_o | z) in the means, and minus its curvature."""
-        seen, precision = images.observed[:, None], (-2 * self.log_std).exp()
-        slope = torch.where(seen, (images.values[:, None] - means) * precision, 0.0)
-        return slope, torch.where(seen, precision, 0.0).expand_as(slope)
+    def slope(self, means: Pixels, images: Incomplete) -> Pixels:
+        """Of log p(x_o | z) in the means."""
+        away = torch.where(images.observed[:, None], images.values[:, None] - means, 0.0)
+        return away * (-2 * self.log_std).exp()
+
+    def curvature(self, means: Pixels, images: Incomplete) -> Pixels:
+        """Of log p(x_o | z) in the means, without its sign."""
+        precision = (-2 * self.log_std).exp()
+        return torch.where(images.observed[:, None], precision, 0.0).expand_as(means)
 
     def mean(self, means: Pixels) -> Pixels:
         """E[x | z]."""
