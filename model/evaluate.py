@@ -8,6 +8,8 @@ Three scores, each with what it was measured with:
   It is a normalised distribution over $x_m$, so that no bad proposal can flatter it.
 
 The masks of the last go from the one that was trained on to kinds that were never seen.
+`diagnostics` say how the latents are used, what the ELBO loses, whether what is predicted of
+missing pixels comes true, and whether what is unlike the data is found unlikely.
 """
 
 import math
@@ -25,6 +27,16 @@ from torch import Tensor
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint
+from model.diagnostics import (
+    Gaps,
+    anomaly,
+    calibration,
+    gaps,
+    latent_use,
+    ranks,
+    uniformity,
+)
+from model.estimators import QUALITIES, Quality, doubtful
 from model.imputation import Completions, impute
 from model.latent import LatentVariableModel
 from model.likelihood import Estimate, Scores, Stages, finish, score
@@ -42,12 +54,16 @@ SERVED = "laplace"
 """The proposal of the service's answers."""
 CHUNK = 16
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
+DRAWS, RANK_BINS, OUTSIDE = 99, 20, 5
+"""Of the test of draws; the truth is outside of them if so few are beyond it."""
+LOOKED_AT, ODD, HELD_OUT = 100, 20, 100
+"""Images of the gaps, images whose percentiles are given, and images that these are among."""
 
 
 def evaluate(
     folder: Path,
     *,
-    scores: Sequence[str] = ("raw", "predictive"),
+    scores: Sequence[str] = ("raw", "predictive", "diagnostics"),
     images: int = 1000,
     particles: int = 1000,
     raw_images: int | None = None,
@@ -81,11 +97,14 @@ def evaluate(
             for proposal in (SERVED, "own")
             for spec in (masks if proposal == SERVED else masks[:2])
         ]
-    results = {**read.card.results, **fresh}
-    return checkpoint.write(folder, replace(read, card=replace(read.card, results=results)))
+    if "diagnostics" in scores:
+        fresh["diagnostics"] = test.diagnostics(images, masks, particles=particles)
+    card = replace(read.card, results={**read.card.results, **fresh})
+    checkpoint.rewrite_card(folder, card)
+    return card
 
 
-SCORES = ("raw", "tight", "predictive")
+SCORES = ("raw", "tight", "predictive", "diagnostics")
 
 
 def picture(
@@ -208,6 +227,129 @@ class _Test:
             "seed": self.seed,
         }
 
+    def diagnostics(self, images: int, masks: Sequence[str], *, particles: int) -> dict[str, Any]:
+        """What the latents do, what the ELBO loses, and what comes true of what is predicted."""
+        truth, model = self.truth[:images], self.read.model
+        use = latent_use(model, hide(truth, masks[0], self.seed), Noise(self.seed).at("use"))
+        found: dict[str, Any] = {
+            "images": len(truth),
+            "mask": masks[0],
+            "latents": len(use.variance),
+            "active_units": use.active,
+            "variance_of_means": _rounded(use.variance),
+            "divergences": None if use.divergence is None else _rounded(use.divergence),
+            "calibration": [self._coming_true(images, m, particles=particles) for m in masks[:2]],
+            "anomaly": self._anomaly(masks[0], particles=particles),
+            "seed": self.seed,
+        }
+        if model.exact is None:
+            found["gaps"] = self._gaps(masks[0], particles=particles)
+        return found
+
+    def _coming_true(self, images: int, spec: str, *, particles: int) -> dict[str, Any]:
+        """Whether missing pixels, and the ink of whole images, are as they were said to be."""
+        truth = self.truth[:images]
+        hidden = hide(truth, spec, self.seed)
+
+        def work(index: Int[Tensor, " chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            mean, draws, doubt = self._completed(hidden[index], index, particles=particles)
+            noise = NoisePerImage.of(self.seed, index.tolist()).at("ties")
+            missing = ~hidden.observed[index]
+            return mean[missing], truth[index][missing], ranks(draws, truth[index], noise), doubt
+
+        parts = list(in_chunks(work, len(truth), f"{spec}, calibration", self.show))
+        probability, came, rank, doubt = (torch.cat(part) for part in zip(*parts, strict=True))
+        counts = rank.bincount(minlength=DRAWS + 1).view(RANK_BINS, -1).sum(1).tolist()
+        inside = (rank >= OUTSIDE) & (rank <= DRAWS - OUTSIDE)
+        found: dict[str, Any] = {
+            "mask": spec,
+            "particles": particles,
+            "quality": "auto",
+            "in_doubt": round(doubt.double().mean().item(), 3),
+            "rank_counts": counts,
+            "rank_p_value": round(uniformity(counts), 4),
+            "coverage": round(inside.double().mean().item(), 3),
+            "coverage_expected": round((DRAWS + 1 - 2 * OUTSIDE) / (DRAWS + 1), 3),
+        }
+        if self.read.model.likelihood.binary:
+            curve = calibration(probability, came)
+            found["expected_calibration_error"] = round(curve.error, 4)
+            found["predicted"] = _rounded(curve.predicted)
+            found["came_true"] = _rounded(curve.came_true)
+            found["pixels"] = curve.count.tolist()
+        return found
+
+    def _completed(
+        self, images: Incomplete, index: Int[Tensor, " chunk"], *, particles: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, draws, and which were in doubt and so completed in high quality."""
+
+        def completed(images: Incomplete, index: Tensor, quality: Quality) -> Completions:
+            stages = impute(
+                self.read.model,
+                images,
+                NoisePerImage.of(self.seed, index.tolist()),
+                particles=particles,
+                draws=DRAWS,
+                proposal=quality.proposal,
+                estimator=quality.estimator,
+            )
+            return finish(stages)
+
+        whole = completed(images, index, QUALITIES["standard"])
+        mean, draws, doubt = whole.mean, whole.draws, doubtful(whole.log_likelihood)
+        if doubt.any():
+            picked = doubt.nonzero()[:, 0]
+            better = completed(images[picked], index[picked], QUALITIES["high"])
+            mean, draws = mean.clone(), draws.clone()
+            mean[picked], draws[picked] = better.mean, better.draws
+        return mean, draws, doubt
+
+    def _gaps(self, spec: str, *, particles: int) -> dict[str, Any]:
+        """What the ELBO loses by one encoder for all images, and by its Gaussians."""
+        hidden = hide(self.truth[:LOOKED_AT], spec, self.seed)
+
+        def work(index: Int[Tensor, " chunk"]) -> Gaps:
+            noise = NoisePerImage.of(self.seed, index.tolist()).at("gaps")
+            high = QUALITIES["high"]
+            return finish(
+                gaps(self.read.model, hidden[index], noise, quality=high, particles=particles)
+            )
+
+        parts = list(in_chunks(work, len(hidden), "gaps", self.show))
+        found: dict[str, Any] = {"images": len(hidden), "mask": spec, "particles": particles}
+        for name in ("amortisation", "approximation"):
+            each = torch.cat([getattr(part, name) for part in parts])
+            found[name] = round(each.mean().item(), 3)
+            found[f"{name}_standard_error"] = round((each.std() / len(each) ** 0.5).item(), 3)
+        return found
+
+    def _anomaly(self, spec: str, *, particles: int) -> dict[str, Any]:
+        """The percentiles of test images, and of these turned by a quarter."""
+        shown, held_out = self.truth[:ODD], self.truth[LOOKED_AT : LOOKED_AT + HELD_OUT]
+        found: dict[str, Any] = {"images": ODD, "held_out": len(held_out), "mask": spec}
+        for name, values in (("as they are", shown), ("turned", shown.rot90(1, (2, 3)))):
+            hidden = hide(values, spec, self.seed)
+
+            def work(index: Int[Tensor, " chunk"], hidden: Incomplete = hidden) -> Tensor:
+                stages = anomaly(
+                    self.read.model,
+                    hidden[index],
+                    held_out,
+                    Noise(self.seed).at("anomaly", *index[:1].tolist()),
+                    quality=QUALITIES["standard"],
+                    particles=particles,
+                )
+                return finish(stages)
+
+            parts = in_chunks(work, len(hidden), f"percentiles, {name}", self.show, chunk=1)
+            found[name] = _rounded(torch.cat(list(parts)))
+        return found
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
 
 def _watched(stages: Stages[T], count: int, title: str, show: Console) -> T:
     """The result of so many stages, with a progress bar over them."""
@@ -235,19 +377,24 @@ def _summary(estimates: Sequence[Estimate]) -> dict[str, Any]:
 
 
 def in_chunks(
-    work: Callable[[Int[Tensor, " chunk"]], Scores], count: int, title: str, show: Console
-) -> Iterator[Scores]:
-    """The scores of chunks, of which as many are worked on at a time as PyTorch has threads.
+    work: Callable[[Int[Tensor, " chunk"]], T],
+    count: int,
+    title: str,
+    show: Console,
+    *,
+    chunk: int = CHUNK,
+) -> Iterator[T]:
+    """The results of chunks, of which as many are worked on at a time as PyTorch has threads.
 
     One thread a chunk: what is small is then not waited for by the other threads.
     """
     threads = torch.get_num_threads()
 
-    def alone(index: Int[Tensor, " chunk"]) -> Scores:
+    def alone(index: Int[Tensor, " chunk"]) -> T:
         with torch.inference_mode():
             return work(index)
 
-    chunks = torch.arange(count).split(CHUNK)
+    chunks = torch.arange(count).split(chunk)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         parts = pool.map(alone, chunks)
         yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)

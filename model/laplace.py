@@ -13,6 +13,8 @@ The latents are those independent N(0, 1) numbers that the prior makes its laten
 models of two stochastic layers are no exception.
 """
 
+import threading
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +30,8 @@ RATES = (1.0, 0.5, 0.25, 0.1, 0.0)
 """Parts of a step that are tried; that of the highest p(x_o, z) is taken."""
 WIDER = 1.1
 """A factor of the standard deviations: a proposal may be too wide, but not too narrow."""
+ONE_AT_A_TIME = threading.Lock()
+"""PyTorch counts the levels of forward derivatives for all threads together."""
 
 
 @torch.no_grad()
@@ -68,7 +72,8 @@ def _curvature(
     def decoded(one: Float[Tensor, " latent"]) -> Float[Tensor, " pixels"]:
         return model.decode(model.prior.from_standard(one[None]))[0].flatten()
 
-    jacobian = torch.func.vmap(torch.func.jacfwd(decoded))(z.flatten(0, 1))
+    with ONE_AT_A_TIME:
+        jacobian = torch.func.vmap(torch.func.jacfwd(decoded))(z.flatten(0, 1))
     jacobian = jacobian.unflatten(0, z.shape[:2])
     parameters = model.decode(model.prior.from_standard(z))
     slope = model.likelihood.slope(parameters, images).flatten(2)
