@@ -1,13 +1,17 @@
-"""How much the ELBO and Q̂ vary along training, drawn from the metrics of what was run."""
+"""Plots: how much the ELBO and Q̂ vary along training, and a checkpoint's diagnostics.
+
+They are drawn from what is on disk, the metrics of what was run and the numbers of a card.
+"""
 
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["SUFFIX", "variances"]
+__all__ = ["SUFFIX", "diagnostics", "variances"]
 
 SUFFIX = ".metrics.jsonl"
 """What the metrics of a cell are called after its name."""
@@ -46,3 +50,42 @@ def _draw(panel: Axes, cell: Path, colour: str) -> None:
     name = cell.name.removesuffix(SUFFIX).split(".", 1)[1]
     panel.plot(at, [e["elbo_variance"] for e in epochs], colour, label=name)
     panel.plot(at, [e["q_hat_variance"] for e in epochs], f"{colour}--")
+
+
+def diagnostics(found: dict[str, Any], path: Path) -> None:
+    """Writes a PNG with a panel each for calibration, ranks, latents and percentiles.
+
+    Takes the diagnostics of a card. A dashed line is where everything would be calibrated.
+    """
+    width, height = INCHES
+    figure = Figure((2 * width, 2 * height), layout="constrained")
+    (curve, ranks), (latents, percentiles) = figure.subplots(2, 2)
+    for each in found["calibration"]:
+        _calibrated(curve, ranks, each)
+    curve.plot([0, 1], [0, 1], "k--", linewidth=1)
+    curve.set(title="Missing pixels", xlabel="predicted probability", ylabel="came true")
+    ranks.set(title="Ink of the truth among 99 draws", xlabel="rank, in bins")
+    ranks.set_ylabel("share of images")
+    ranks.axhline(1 / len(found["calibration"][0]["rank_counts"]), color="k", linestyle="--")
+    used = found["divergences"] or found["variance_of_means"]
+    latents.bar(range(len(used)), sorted(used, reverse=True))
+    what = "KL(q ‖ p), nats" if found["divergences"] else "variance of the means"
+    latents.set(title=f"{found['active_units']} active latents", xlabel="latent", ylabel=what)
+    for name in ("as they are", "turned"):
+        shares = sorted(found["anomaly"][name])
+        percentiles.plot(shares, [(i + 0.5) / len(shares) for i in range(len(shares))], label=name)
+    percentiles.plot([0, 1], [0, 1], "k--", linewidth=1)
+    percentiles.set(title="Percentiles among held-out images", xlabel="percentile")
+    percentiles.set_ylabel("share of images below")
+    for panel in (curve, ranks, percentiles):
+        panel.legend(fontsize="small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _calibrated(curve: Axes, ranks: Axes, each: dict[str, Any]) -> None:
+    name, counts = each["mask"], each["rank_counts"]
+    if "predicted" in each:
+        error = each["expected_calibration_error"]
+        curve.plot(each["predicted"], each["came_true"], ".-", label=f"{name}, error {error}")
+    shares = [count / sum(counts) for count in counts]
+    ranks.stairs(shares, label=f"{name}, p = {each['rank_p_value']}")

@@ -34,6 +34,7 @@ from model.refinement import Refinement
 
 __all__ = [
     "ACTIVE",
+    "ELBO_PARTICLES",
     "Calibration",
     "Gaps",
     "Use",

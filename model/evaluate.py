@@ -326,8 +326,8 @@ class _Test:
 
     def _anomaly(self, spec: str, *, particles: int) -> dict[str, Any]:
         """The percentiles of test images, and of these turned by a quarter."""
-        shown, held_out = self.truth[:ODD], self.truth[LOOKED_AT : LOOKED_AT + HELD_OUT]
-        found: dict[str, Any] = {"images": ODD, "held_out": len(held_out), "mask": spec}
+        shown, held_out = self.truth[:ODD], self.truth[ODD : ODD + HELD_OUT]
+        found: dict[str, Any] = {"images": len(shown), "held_out": len(held_out), "mask": spec}
         for name, values in (("as they are", shown), ("turned", shown.rot90(1, (2, 3)))):
             hidden = hide(values, spec, self.seed)
 

@@ -73,15 +73,20 @@ def train(context: typer.Context) -> None:
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="The checkpoint.")],
     *,
-    scores: Annotated[str, typer.Option(help="Of raw,tight,predictive.")] = "raw,predictive",
-    images: Annotated[int, typer.Option(help="Test images of the predictive score.")] = 1000,
-    particles: Annotated[int, typer.Option(help="Particles of the predictive score.")] = 1000,
+    scores: Annotated[
+        str, typer.Option(help="Of raw,tight,predictive,diagnostics.")
+    ] = "raw,predictive,diagnostics",
+    images: Annotated[int, typer.Option(help="Test images of all but raw and tight.")] = 1000,
+    particles: Annotated[int, typer.Option(help="Particles of all but raw and tight.")] = 1000,
     raw_images: Annotated[int | None, typer.Option(help="Of `raw` and `tight`; all.")] = None,
     raw_particles: Annotated[int, typer.Option(help="Of `raw` and `tight`.")] = 5000,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a processor.")] = None,
     seed: int = 0,
 ) -> None:
-    """Measure a checkpoint on its test images and write the results into its card."""
+    """Measure a checkpoint on its test images, and write the results into its card.
+
+    The diagnostics are drawn too, as diagnostics.png beside the card.
+    """
     import torch  # noqa: PLC0415
 
     from model.evaluate import evaluate as measure  # noqa: PLC0415
@@ -100,6 +105,10 @@ def evaluate(
     except ValueError as error:
         _fail(str(error))
     _show(card.results)
+    if "diagnostics" in scores.split(","):
+        from model.curves import diagnostics  # noqa: PLC0415
+
+        diagnostics(card.results["diagnostics"], folder / "diagnostics.png")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from model import checkpoint
 from model.checkpoint import Card, Checkpoint
+from model.curves import diagnostics
 from model.evaluate import evaluate, picture
 from model.latent import Architecture
 from model.noise import Noise
@@ -39,7 +40,15 @@ def folder(tmp_path: Path) -> Path:
 
 def test_results_go_into_the_card_with_what_they_were_measured_with(folder: Path) -> None:
     """Every result names its estimator, particles, proposal, images and standard error."""
-    evaluate(folder, images=12, particles=70, raw_images=11, raw_particles=130, masks=("half",))
+    evaluate(
+        folder,
+        scores=["raw", "predictive"],
+        images=12,
+        particles=70,
+        raw_images=11,
+        raw_particles=130,
+        masks=("half",),
+    )
 
     results = checkpoint.read(folder).card.results
     (served, own) = results["predictive"]
@@ -69,6 +78,25 @@ def test_the_same_evaluation_gives_the_same_numbers(folder: Path) -> None:
 
     assert json.dumps(first.results) == json.dumps(second.results)
     assert second.weights_sha256 == before
+
+
+def test_diagnostics_go_into_the_card_and_can_be_drawn(folder: Path, tmp_path: Path) -> None:
+    """Every count is of all images, and the plot is made of the card alone."""
+    masks = ("half", "mcar:0.5", "patches:3")
+    evaluate(folder, scores=["diagnostics"], images=30, particles=64, masks=masks)
+    found = checkpoint.read_card(folder).results["diagnostics"]
+    diagnostics(found, tmp_path / "plot.png")
+
+    assert [each["mask"] for each in found["calibration"]] == ["half", "mcar:0.5"]
+    for each in found["calibration"]:
+        assert sum(each["rank_counts"]) == 30
+        assert 0 <= each["expected_calibration_error"] <= 1
+        assert 0 <= each["rank_p_value"] <= 1
+    assert len(found["divergences"]) == found["latents"] == 2
+    assert len(found["anomaly"]["turned"]) == found["anomaly"]["held_out"] == 20
+    assert found["gaps"]["approximation_standard_error"] > 0
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.width > 500
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])
