@@ -6,12 +6,15 @@ SHA-256, which is verified on load.
 
 import hashlib
 import json
+import platform
 import shutil
+import subprocess
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -24,6 +27,7 @@ __all__ = [
     "Card",
     "Checkpoint",
     "CheckpointError",
+    "provenance",
     "read",
     "read_card",
     "rewrite_card",
@@ -45,7 +49,8 @@ class Card:
     name: str
     architecture: Architecture
     binarise: str
-    """How grey levels become the binary pixels of training: threshold (above 127) or bernoulli."""
+    """How grey levels become the pixels of training: threshold (above 127 is one), bernoulli
+    (one by chance), or none (they stay as they are, from 0 to 1)."""
     objective: str
     missing: str
     """Which pixels the training images lacked, and whether that was drawn once or each epoch."""
@@ -137,6 +142,25 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
             f"Expected weights of the architecture in {folder.name}'s card; got {error}"
         ) from error
     return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
+
+
+def provenance() -> dict[str, Any]:
+    """What a training was done with: the commit of this program, and the libraries' versions."""
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    source = Path(__file__).parent
+    asked = subprocess.run(
+        [git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or "unknown"
 
 
 def _architecture(raw: Any) -> Architecture:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.masks import Incomplete, mechanism
-from model.noise import Noise
+from model.noise import Noise, Source
 from model.published import (
     DATASETS,
     Arrays,
@@ -43,6 +43,7 @@ __all__ = [
     "Images",
     "Published",
     "Split",
+    "as_seen",
     "data_folder",
     "fetch",
     "load",
@@ -87,12 +88,24 @@ class Dataset:
     source: str
 
 
+def as_seen(
+    levels: UInt8[Tensor, "batch channels height width"], binarise: str, noise: Source
+) -> Float[Tensor, "batch channels height width"]:
+    """Levels from 0 to 255 as a model sees them: binary in either way, or from 0 to 1."""
+    if binarise == "none":
+        return levels.float() / 255
+    if binarise == "threshold":
+        return (levels > THRESHOLD).float()
+    like = torch.empty(0, device=levels.device)
+    return (noise.uniform(*levels.shape, like=like) * 255 < levels).float()
+
+
 class Split:
-    """A split on a device as training goes through it: binary, with the holes that images have.
+    """A split on a device as training goes through it, with the holes that images have.
 
     `missing` hides pixels beside those that the images lack, once or anew in every epoch;
-    `binarise` is threshold, above 127 is one, or bernoulli, drawn from the grey level in every
-    batch.
+    `binarise` is threshold, above 127 is one; bernoulli, drawn from the grey level in every batch;
+    or none, the level from 0 to 1.
     """
 
     def __init__(
@@ -121,14 +134,8 @@ class Split:
             self.observed = self._observed(epoch) if self.redraw else self.observed
 
     def batch(self, index: slice | Int[Tensor, " batch"], noise: Noise) -> Incomplete:
-        """The images with these indices, binary and incomplete."""
-        grey = self.pixels[index]
-        if self.binarise == "threshold":
-            values = (grey > THRESHOLD).float()
-        else:
-            like = torch.empty(0, device=self.device)
-            drawn = noise.at("binarise").uniform(*grey.shape, like=like)
-            values = (drawn * 255 < grey).float()
+        """The incomplete images with these indices."""
+        values = as_seen(self.pixels[index], self.binarise, noise.at("binarise"))
         return Incomplete.hide(values, self.observed[index])
 
     def _order(self, epoch: int = 0) -> Int[Tensor, " count"]:

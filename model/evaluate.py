@@ -44,7 +44,7 @@ from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
 
-__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "test_images"]
+__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "unseen"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
@@ -69,12 +69,13 @@ def evaluate(
     raw_images: int | None = None,
     raw_particles: int = 5000,
     masks: Sequence[str] = MASKS,
+    source: str | None = None,
     seed: int = 0,
-    console: Console | None = None,
 ) -> Card:
     """Measures a checkpoint on its data set's test images and writes the results into its card.
 
-    Scores that were not asked for stay as they are in the card.
+    Scores that were not asked for stay as they are in the card. The data set is the card's, or
+    the one at `source`, such as the file or the folder that the training was given.
 
     Raises:
         CheckpointError: The folder holds no checkpoint.
@@ -85,7 +86,9 @@ def evaluate(
         raise ValueError(f"Expected scores of {', '.join(SCORES)}; got {', '.join(unknown)}.")
     read = checkpoint.read(folder)
     read.model.compiled()
-    test = _Test(read, test_images(read.card, seed), seed, console or Console(stderr=True))
+    test = _Test(
+        read, unseen(read.card, seed, source=source), seed, console or Console(stderr=True)
+    )
     fresh: dict[str, Any] = {}
     if "raw" in scores:
         fresh["raw"] = test.raw(raw_images, particles=raw_particles)
@@ -116,6 +119,7 @@ def picture(
     draws: int = 5,
     ambiguous: bool = False,
     particles: int = 1000,
+    source: str | None = None,
     seed: int = 0,
 ) -> None:
     """Writes a PNG with a column an image: the truth, what was seen, the mean, and draws.
@@ -123,7 +127,7 @@ def picture(
     With `ambiguous` they are those of 200 test images whose draws differ most.
     """
     read = checkpoint.read(folder)
-    truth = test_images(read.card, seed)[: 200 if ambiguous else images]
+    truth = unseen(read.card, seed, source=source)[: 200 if ambiguous else images]
     hidden = hide(truth, missing, seed)
     parts = [
         finish(
@@ -400,18 +404,16 @@ def in_chunks(
         yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)
 
 
-def test_images(card: Card, seed: int) -> Float[Tensor, "count channels height width"]:
-    """The test images in an order drawn by the seed: files are often sorted by class."""
-    pixels = data.load(card.data["name"]).test.pixels
+def unseen(
+    card: Card, seed: int, *, source: str | None = None
+) -> Float[Tensor, "count channels height width"]:
+    """The test images in an order drawn by the seed: files are often sorted by class.
+
+    They are those of the card's data set, or of one at another place.
+    """
+    pixels = data.load(source or card.data["name"]).test.pixels
     order = torch.randperm(len(pixels), generator=Noise(seed).at("test").generator())
-    grey = pixels[order].float()
-    if card.binarise == "threshold":
-        return (grey > THRESHOLD).float()
-    drawn = Noise(seed).at("binarise").uniform(*grey.shape, like=grey)
-    return (drawn * 255 < grey).float()
-
-
-THRESHOLD = 127
+    return data.as_seen(pixels[order], card.binarise, Noise(seed).at("binarise"))
 
 
 def hide(truth: Tensor, spec: str, seed: int) -> Incomplete:

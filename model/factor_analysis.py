@@ -15,7 +15,7 @@ It is the oracle of every estimator: log p(x_o), E[x_m | x_o] and Cov[x_m | x_o]
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,23 +94,30 @@ def fit(
     *,
     iterations: int,
     isotropic: bool = False,
+    tolerance: float = 0.0,
     noise: Noise,
+    watch: Callable[[float], object] = float,
 ) -> tuple[FactorAnalysis, list[float]]:
     """The model after so many iterations of EM over the batches, which are gone over again each.
 
-    Also gives the mean log p(x_o) of an image before every iteration and after the last.
-    With `isotropic` all pixels have the same noise: principal component analysis.
+    Also gives the mean log p(x_o) of an image before every iteration and after the last; `watch`
+    is told each as soon as it is known, and where it grows by less than the tolerance, in nats,
+    the iterations end. With `isotropic` all pixels have the same noise: principal component
+    analysis.
 
     Raises:
         ValueError: There are no images, or no pixel was observed in any.
     """
     model = _start(batches, latent, noise)
     history: list[float] = []
-    for _ in range(iterations):
+    for index in range(iterations + 1):
         sums = _Sums.of(model, batches)
         history.append(sums.log_likelihood / sums.images)
+        watch(history[-1])
+        still = len(history) > 1 and history[-1] - history[-2] < tolerance
+        if still or index == iterations:
+            break
         model = sums.best(model, isotropic=isotropic)
-    history.append(_Sums.of(model, batches).log_likelihood / max(1, sum(map(len, batches))))
     return model, history
 
 

@@ -17,9 +17,7 @@ A folder may be moved to another machine; the weights then are those of both mac
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint, data
-from model.checkpoint import Card, Checkpoint, CheckpointError
+from model.checkpoint import Card, Checkpoint, CheckpointError, provenance
 from model.data import DataError, Images, Split
 from model.latent import LatentVariableModel
 from model.likelihood import Stages
@@ -433,8 +431,7 @@ class Run:
                 "validation_bound": round(self.state.best_bound, 4),
                 "seconds": round(self.state.seconds),
                 "device": _device_name(self.device),
-                "commit": _commit(),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                **provenance(),
             },
         )
 
@@ -560,14 +557,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    source = Path(__file__).parent
-    asked = subprocess.run(
-        [git, "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"

@@ -147,7 +147,7 @@ async def impute(
     ]
     done: list[Imputation] = await _while_connected(request, here["engine"].submit(jobs))
     work = _picture if as_picture else _imputed
-    return await _in_pool(here, work, body, name, seed, [p for p, _ in pictures], done)
+    return await _in_pool(here, work, body, (name, card), seed, [p for p, _ in pictures], done)
 
 
 @forms.post(
@@ -194,7 +194,7 @@ async def log_likelihood(
             difference=scoring.difference and _estimate(scoring.difference),
             quality=scoring.quality,
             seed=job.seed,
-            binarised=_is_grey(picture),
+            binarised=_binarised(picture, card),
         )
         for item, job, (picture, _), scoring in zip(body.images, jobs, pictures, done, strict=True)
     ]
@@ -320,11 +320,12 @@ def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
 
 def _imputed(
     body: schemas.ImputeRequest,
-    name: str,
+    of: tuple[str, Card],
     seed: int,
     pictures: list[Picture],
     done: list[Imputation],
 ) -> Response:
+    name, card = of
     results = [
         schemas.Imputed(
             id=item.id,
@@ -336,7 +337,7 @@ def _imputed(
             log_likelihood=_estimate(d.log_likelihood),
             quality=d.quality,
             seed=image_seed(seed, index),
-            binarised=_is_grey(p),
+            binarised=_binarised(p, card),
         )
         for index, (item, p, d) in enumerate(zip(body.images, pictures, done, strict=True))
     ]
@@ -345,7 +346,7 @@ def _imputed(
 
 def _picture(
     body: schemas.ImputeRequest,
-    name: str,
+    of: tuple[str, Card],
     seed: int,
     pictures: list[Picture],
     done: list[Imputation],
@@ -356,7 +357,7 @@ def _picture(
         chosen = imputation.quantiles[-1]
     headers = {
         "X-Seed": str(seed),
-        "X-Model": quote(name),
+        "X-Model": quote(of[0]),
         "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
         "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
         "X-Quality": imputation.quality,
@@ -382,7 +383,9 @@ def _estimate(estimate: Estimate) -> schemas.Estimate:
     return schemas.Estimate(**asdict(estimate))
 
 
-def _is_grey(picture: Picture) -> bool:
+def _binarised(picture: Picture, card: Card) -> bool:
+    if card.binarise == "none":
+        return False
     seen = picture.values[:, ~picture.missing]
     return bool(((seen != 0) & (seen != 1)).any())
 

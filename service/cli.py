@@ -70,6 +70,50 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
+def fit(
+    out: Annotated[Path, typer.Argument(help="The checkpoint's folder, which is made.")],
+    *,
+    data: Annotated[str, typer.Option(help="A data set's name, a .npz or a folder of PNGs.")],
+    missing: Annotated[
+        str, typer.Option(help="What the images lack beside their own holes, such as patches:3.")
+    ] = "none",
+    latent: int = 40,
+    isotropic: Annotated[
+        bool, typer.Option(help="The same noise for all pixels: probabilistic PCA.")
+    ] = False,
+    iterations: Annotated[int, typer.Option(help="Of EM, at most.")] = 100,
+    tolerance: Annotated[float, typer.Option(help="Nats that an iteration must bring.")] = 0.01,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a processor.")] = None,
+    seed: int = 0,
+) -> None:
+    """Fit factor analysis to grey levels by EM: a model whose answers are exact."""
+    import torch  # noqa: PLC0415
+
+    from model.fit import Fit  # noqa: PLC0415
+    from model.fit import fit as climb  # noqa: PLC0415
+
+    torch.set_num_threads(threads or _threads())
+    try:
+        asked = Fit(
+            data=data,
+            missing=missing,
+            latent=latent,
+            isotropic=isotropic,
+            iterations=iterations,
+            tolerance=tolerance,
+            seed=seed,
+        )
+        card = climb(out, asked)
+    except ValueError as error:
+        _fail(str(error))
+    training = card.training
+    typer.echo(
+        f"Done: {out}, {training['epochs']} iterations, log p of what is observed of an image "
+        f"{training['train_bound']:.2f} in training and {training['validation_bound']:.2f} apart."
+    )
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="The checkpoint.")],
     *,
@@ -80,6 +124,9 @@ def evaluate(
     particles: Annotated[int, typer.Option(help="Particles of all but raw and tight.")] = 1000,
     raw_images: Annotated[int | None, typer.Option(help="Of `raw` and `tight`; all.")] = None,
     raw_particles: Annotated[int, typer.Option(help="Of `raw` and `tight`.")] = 5000,
+    data: Annotated[
+        str | None, typer.Option(help="The file or folder of the data, where they have no name.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a processor.")] = None,
     seed: int = 0,
 ) -> None:
@@ -100,6 +147,7 @@ def evaluate(
             particles=particles,
             raw_images=raw_images,
             raw_particles=raw_particles,
+            source=data,
             seed=seed,
         )
     except ValueError as error:
@@ -162,6 +210,9 @@ def picture(
     images: int = 10,
     draws: int = 5,
     ambiguous: Annotated[bool, typer.Option(help="Those whose draws differ most.")] = False,
+    data: Annotated[
+        str | None, typer.Option(help="The file or folder of the data, where they have no name.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Draw test images as columns: the truth, what was seen, the mean, and completions."""
@@ -175,6 +226,7 @@ def picture(
             images=images,
             draws=draws,
             ambiguous=ambiguous,
+            source=data,
             seed=seed,
         )
     except ValueError as error:

@@ -102,7 +102,9 @@ def encode(pixels: np.ndarray, encoding: str) -> Any:
 
 def to_png(pixels: np.ndarray) -> bytes:
     """The pixels, channels first, as a PNG of eight bits."""
-    levels = pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
+    levels = pixels
+    if pixels.dtype != np.uint8:
+        levels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(out, "PNG")
     return out.getvalue()
