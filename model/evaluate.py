@@ -86,9 +86,9 @@ def evaluate(
         raise ValueError(f"Expected scores of {', '.join(SCORES)}; got {', '.join(unknown)}.")
     read = checkpoint.read(folder)
     read.model.compiled()
-    test = _Test(
-        read, unseen(read.card, seed, source=source), seed, console or Console(stderr=True)
-    )
+    if "tight" in scores and read.model.exact is not None:
+        raise ValueError("Expected a model with an encoder for tight; got one that needs none.")
+    test = _Test(read, unseen(read.card, seed, source=source), seed, Console(stderr=True))
     fresh: dict[str, Any] = {}
     if "raw" in scores:
         fresh["raw"] = test.raw(raw_images, particles=raw_particles)

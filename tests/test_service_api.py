@@ -37,6 +37,7 @@ from service.app import create_app
 from service.engine import Engine
 from tests.wire import (
     COLOUR,
+    GREY,
     KINDS,
     SHAPE,
     npy,
@@ -48,6 +49,7 @@ from tests.wire import (
     settings_for,
     text,
     write_checkpoint,
+    write_grey_checkpoint,
 )
 
 LEVELS, MASK = random_levels(), random_mask()
@@ -59,9 +61,10 @@ MAX_BODY = 100_000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of different images."""
+    """Two models of different images, and one of grey levels."""
     path = tmp_path_factory.mktemp("checkpoints")
     write_checkpoint(path)
+    write_grey_checkpoint(path, "grey")
     write_checkpoint(path, "colour", shape=COLOUR)
     return path
 
@@ -504,6 +507,48 @@ def test_log_likelihood_by_multipart(client: httpx.Client):
     answer = client.post("/v1/log-likelihood", files=files, data={"particles": "64", "seed": "3"})
 
     assert answer.json() == _score(client, {**ITEM, "truth": text(IMAGE)})
+
+
+# Grey levels
+
+
+def test_a_model_of_grey_levels_sees_them_as_they_are(client: httpx.Client):
+    """Mean, deviation and quantiles are those of the closed form, and nothing is binarised."""
+    item = {"image": (LEVELS / 255).tolist(), "mask": ITEM["mask"]}
+    options = {"outputs": ["mean", "std", "quantiles"], "levels": [0.25], "particles": 20_000}
+    (result,) = _impute(client, item, model="grey", encoding="npy", **options)["results"]
+    seen = torch.from_numpy(~MASK)[None, None]
+    images = Incomplete.hide(torch.from_numpy(LEVELS / 255)[None, None], seen)
+    mean, covariance = GREY.conditional(images)
+    exact, deviation = (
+        part.reshape(SHAPE[1:]).numpy()[MASK]
+        for part in (mean, covariance.diagonal(dim1=1, dim2=2).sqrt())
+    )
+    quartile = (exact - 0.6745 * deviation).clip(0, 1)
+
+    assert not result["binarised"]
+    assert result["log_likelihood"]["kind"] == "exact"
+    assert result["log_likelihood"]["value"] == pytest.approx(
+        GREY.log_likelihood(images).item(), abs=1e-3
+    )
+    np.testing.assert_allclose(pixels_of(result["mean"])[MASK], exact.clip(0, 1), atol=0.01)
+    np.testing.assert_allclose(pixels_of(result["std"])[MASK], deviation, atol=0.01)
+    found = pixels_of(result["quantiles"][0])[MASK]
+    np.testing.assert_allclose(found, quartile, atol=0.1)
+    assert abs((found - quartile).mean()) < 0.03
+
+
+def test_completions_and_samples_of_grey_levels_are_pictures(client: httpx.Client):
+    """Draws beyond black and white are cut to them, in a PNG as in floats."""
+    item = {"image": text(picture(LEVELS)), "mask": ITEM["mask"]}
+    (result,) = _impute(client, item, model="grey", draws=5)["results"]
+    for draw in result["draws"]:
+        np.testing.assert_array_equal(pixels_of(draw)[~MASK], LEVELS[~MASK])
+    samples = _post(client, "/v1/samples", model="grey", count=20, seed=1, encoding="npy")
+    levels = np.stack([pixels_of(sample) for sample in samples["samples"]])
+
+    assert levels.std() > 0.1
+    assert ((levels > 0) & (levels < 1)).any()
 
 
 # Samples, models, health

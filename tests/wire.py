@@ -5,17 +5,20 @@ import io
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 from model import checkpoint
 from model.checkpoint import Card, Checkpoint
+from model.factor_analysis import FactorAnalysis
+from model.fit import as_model
 from model.latent import Architecture
 from model.noise import Noise
 from service.settings import Settings
@@ -23,6 +26,12 @@ from service.settings import Settings
 # Not square, so that height and width cannot be taken for each other.
 SHAPE = (1, 6, 5)
 COLOUR = (3, 4, 7)
+LIKE = torch.zeros((), dtype=torch.float64)
+GREY = FactorAnalysis(
+    loadings=0.3 * Noise(0).at("loadings").normal(30, 2, like=LIKE),
+    offset=torch.full((30,), 0.5, dtype=torch.float64),
+    variance=torch.full((30,), 0.04, dtype=torch.float64),
+)
 
 
 def write_checkpoint(
@@ -41,6 +50,16 @@ def write_checkpoint(
         training={"epochs": 0, "validation_bound": -1.0},
     )
     return checkpoint.write(folder / name, Checkpoint(architecture.build(Noise(seed)), card))
+
+
+def write_grey_checkpoint(folder: Path, name: str) -> Card:
+    """A checkpoint of factor analysis, which sees grey levels as they are."""
+    card = write_checkpoint(folder, name)
+    model = as_model(GREY, SHAPE)
+    changed = replace(
+        card, architecture=model.architecture, binarise="none", objective="factor-analysis"
+    )
+    return checkpoint.write(folder / name, Checkpoint(model, changed))
 
 
 def settings_for(folder: Path, **changes: Any) -> Settings:
