@@ -9,7 +9,7 @@ serve: .venv/installed
 	$(BIN)/miss-iwem serve
 
 test: .venv/tested-with
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/tested-with
 	$(BIN)/ruff format --check

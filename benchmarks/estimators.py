@@ -19,7 +19,7 @@ from rich.table import Table
 
 from model import checkpoint
 from model.estimators import QUALITIES, Quality, estimate
-from model.evaluate import hide, unseen
+from model.evaluate import hide, examples
 from model.latent import LatentVariableModel
 from model.likelihood import Estimate, finish
 from model.masks import Incomplete
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(said.threads)
 
     read = checkpoint.read(said.checkpoint)
-    truth = unseen(read.card, said.seed)[: said.images]
+    truth = examples(read.card, said.seed)[: said.images]
     sides = {**SIDES, REFEREE: (QUALITIES["high"], said.referee)}
     for spec in said.missing:
         title = f"{read.card.name}, {spec}, {said.images} images, {said.threads} threads"

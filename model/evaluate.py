@@ -44,7 +44,7 @@ from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
 
-__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "unseen"]
+__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "examples"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
@@ -88,7 +88,7 @@ def evaluate(
     read.model.compiled()
     if "tight" in scores and read.model.exact is not None:
         raise ValueError("Expected a model with an encoder for tight; got one that needs none.")
-    test = _Test(read, unseen(read.card, seed, source=source), seed, Console(stderr=True))
+    test = _Test(read, examples(read.card, seed, source=source), seed, Console(stderr=True))
     fresh: dict[str, Any] = {}
     if "raw" in scores:
         fresh["raw"] = test.raw(raw_images, particles=raw_particles)
@@ -127,7 +127,7 @@ def picture(
     With `ambiguous` they are those of 200 test images whose draws differ most.
     """
     read = checkpoint.read(folder)
-    truth = unseen(read.card, seed, source=source)[: 200 if ambiguous else images]
+    truth = examples(read.card, seed, source=source)[: 200 if ambiguous else images]
     hidden = hide(truth, missing, seed)
     parts = [
         finish(
@@ -404,7 +404,7 @@ def in_chunks(
         yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)
 
 
-def unseen(
+def examples(
     card: Card, seed: int, *, source: str | None = None
 ) -> Float[Tensor, "count channels height width"]:
     """The test images in an order drawn by the seed: files are often sorted by class.

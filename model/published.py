@@ -311,7 +311,7 @@ def _mnist_like(archive: str, home: str, *, train: str, test: str) -> Published:
     files = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}
     return Published(
         archive=archive,
-        unpack=_renamed(train="train_images", test="unseen"),
+        unpack=_renamed(train="train_images", test="test_images"),
         downloads=(
             Download(url=home + files["train"], sha256=train),
             Download(url=home + files["test"], sha256=test),
@@ -388,7 +388,7 @@ DATASETS: dict[str, Published] = {
     ),
     "cifar10": Published(
         archive="cifar10_subset.npz",
-        unpack=_renamed(train="train_images", test="unseen"),
+        unpack=_renamed(train="train_images", test="test_images"),
         downloads=(
             Download(
                 url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",

@@ -594,7 +594,7 @@ def test_a_model_that_appears_is_served_without_a_restart(client: httpx.Client, 
     (broken / "weights.safetensors").write_bytes(b"cut")
 
     names = [m["name"] for m in client.get("/v1/models").json()["models"]]
-    assert names == ["colour", "late", "tiny"]
+    assert names == ["colour", "grey", "late", "tiny"]
     late = _impute(client, model="late")
     assert late["model"] == "late"
     assert late["results"] != _impute(client)["results"]
