@@ -19,7 +19,7 @@ from rich.table import Table
 
 from model import checkpoint
 from model.estimators import QUALITIES, Quality, estimate
-from model.evaluate import hide, examples
+from model.evaluate import examples, hide
 from model.latent import LatentVariableModel
 from model.likelihood import Estimate, finish
 from model.masks import Incomplete

@@ -78,7 +78,8 @@ def diagnostics(found: dict[str, Any], path: Path) -> None:
     percentiles.set(title="Percentiles among held-out images", xlabel="percentile")
     percentiles.set_ylabel("share of images below")
     for panel in (curve, ranks, percentiles):
-        panel.legend(fontsize="small")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from model.adaptation import PER_ROUND, ROUNDS, adaptive
 from model.annealing import LEAPFROGS, Chains, annealed
-from model.latent import LatentVariableModel
+from model.latent import EXACT, LatentVariableModel
 from model.likelihood import (
     BLOCK,
     Estimate,
@@ -293,7 +293,7 @@ def difference(whole: Estimate, seen: Estimate) -> Estimate:
         pareto_k=torch.maximum(whole.pareto_k, seen.pareto_k),
         particles=seen.particles,
         estimator=seen.estimator,
-        kind="exact" if whole.kind == seen.kind == "exact" else "difference",
+        kind=EXACT if whole.kind == seen.kind == EXACT else "difference",
     )
 
 

@@ -44,7 +44,7 @@ from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
 
-__all__ = ["CHUNK", "MASKS", "evaluate", "hide", "in_chunks", "picture", "examples"]
+__all__ = ["CHUNK", "MASKS", "evaluate", "examples", "hide", "in_chunks", "picture"]
 
 T = TypeVar("T")
 MASKS = ("patches:3", "patches:6", "block:14", "half", "strokes:3", "mcar:0.5")
@@ -329,10 +329,12 @@ class _Test:
         return found
 
     def _anomaly(self, spec: str, *, particles: int) -> dict[str, Any]:
-        """The percentiles of test images, and of these turned by a quarter."""
-        shown, held_out = self.truth[:ODD], self.truth[ODD : ODD + HELD_OUT]
+        """The percentiles of test images, and of these turned by a quarter, if they are square."""
+        odd = min(ODD, len(self.truth) // 2)
+        shown, held_out = self.truth[:odd], self.truth[odd : odd + HELD_OUT]
+        turns = 1 if shown.shape[2] == shown.shape[3] else 2
         found: dict[str, Any] = {"images": len(shown), "held_out": len(held_out), "mask": spec}
-        for name, values in (("as they are", shown), ("turned", shown.rot90(1, (2, 3)))):
+        for name, values in (("as they are", shown), ("turned", shown.rot90(turns, (2, 3)))):
             hidden = hide(values, spec, self.seed)
 
             def work(index: Int[Tensor, " chunk"], hidden: Incomplete = hidden) -> Tensor:

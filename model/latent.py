@@ -49,7 +49,7 @@ from model.proposal import (
 )
 from model.weights import resample
 
-__all__ = ["Architecture", "LatentVariableModel", "Particles", "gradients"]
+__all__ = ["EXACT", "Architecture", "LatentVariableModel", "Particles", "gradients"]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model.adaptation import DEFENSIVE
 from model.laplace import laplace
-from model.latent import LatentVariableModel
+from model.latent import EXACT, LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Source
 from model.pixels import PerParticle, Pixels
@@ -271,8 +271,15 @@ def score(
             )
             predictive = predictive.update(log_w, log_missing)
         yield
-    conditional = None if truth is None else predictive.estimate(sums)
-    return Scores(exactly(model, images, proposal, estimate_of(sums)), conditional)
+    found = exactly(model, images, proposal, estimate_of(sums))
+    if truth is None:
+        return Scores(found, None)
+    conditional = predictive.estimate(sums)
+    if found.kind == EXACT:
+        whole = Incomplete.complete(images.fill(truth))
+        value = exactly(model, whole, proposal, conditional).value - found.value
+        conditional = replace(found, value=value)
+    return Scores(found, conditional)
 
 
 def exactly(
@@ -288,7 +295,7 @@ def exactly(
     value = exact.log_likelihood(images).to(found.value)
     none = torch.zeros_like(value)
     return replace(
-        found, value=value, standard_error=none, pareto_k=none, estimator="exact", kind="exact"
+        found, value=value, standard_error=none, pareto_k=none, estimator=EXACT, kind=EXACT
     )
 
 

@@ -1,5 +1,6 @@
 """The command line, `miss-iwem`."""
 
+import importlib.util
 import json
 import math
 import signal
@@ -138,11 +139,14 @@ def evaluate(
 
     from model.evaluate import evaluate as measure  # noqa: PLC0415
 
+    asked = scores.split(",")
+    if "diagnostics" in asked:
+        _needs_plots()
     torch.set_num_threads(threads or _threads())
     try:
         card = measure(
             folder,
-            scores=scores.split(","),
+            scores=asked,
             images=images,
             particles=particles,
             raw_images=raw_images,
@@ -153,7 +157,7 @@ def evaluate(
     except ValueError as error:
         _fail(str(error))
     _show(card.results)
-    if "diagnostics" in scores.split(","):
+    if "diagnostics" in asked:
         from model.curves import diagnostics  # noqa: PLC0415
 
         diagnostics(card.results["diagnostics"], folder / "diagnostics.png")
@@ -177,6 +181,7 @@ def reproduce(
     docs: Annotated[Path, typer.Option(help="Where results.md and results/ go.")] = Path("docs"),
 ) -> None:
     """Train and score what is not done yet of a table of the slides, and write its results."""
+    _needs_plots()
     from model.reproduce import reproduce as run  # noqa: PLC0415
     from model.tables import SCHEDULES, TABLES, cells  # noqa: PLC0415
 
@@ -270,6 +275,12 @@ def fetch(name: str) -> None:
             typer.echo(path)
     except data.DataError as error:
         _fail(str(error))
+
+
+def _needs_plots() -> None:
+    """Fails before hours of work, not after them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        _fail('Expected matplotlib, which draws the plots; got none. Run: pip install ".[train]"')
 
 
 def _show(results: dict[str, Any]) -> None:

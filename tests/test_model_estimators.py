@@ -334,11 +334,11 @@ def test_every_quality_finds_the_three_probabilities(quality: str):
 
 
 def test_the_difference_of_an_exact_model_is_exact():
-    """It is the log-density of the missing pixels given the observed ones, with no error."""
+    """So is the conditional: the density of the missing pixels given the others, no error."""
     model = linear_model(shape=(1, 2, 3), latent=2)
     images = holes(model, 3)
     truth = images.fill(torch.full_like(images.values, 0.25))
-    found = finish(
+    whole = finish(
         assess(
             model,
             images,
@@ -347,11 +347,15 @@ def test_the_difference_of_an_exact_model_is_exact():
             particles=64,
             truth=truth,
         )
-    ).difference
+    )
+    found = whole.difference
     mean, covariance = exact(model).conditional(images)
 
     assert found is not None
+    assert whole.conditional is not None
     assert (found.kind, found.standard_error.max().item()) == ("exact", 0)
+    torch.testing.assert_close(whole.conditional.value, found.value)
+    assert whole.conditional.kind == "exact"
     holed = [(i, ~seen) for i, seen in enumerate(images.observed.flatten(1)) if not seen.all()]
     assert holed
     for index, missing in holed:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from typer.testing import CliRunner, Result
@@ -146,3 +147,32 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path):
 
     assert called.exit_code == 2
     assert "format 99" in called.output
+
+
+@pytest.mark.parametrize("command", [["evaluate", "x"], ["reproduce", "complete"]])
+def test_without_what_draws_plots_nothing_is_begun(
+    monkeypatch: pytest.MonkeyPatch, command: list[str]
+):
+    """The error says what to install, before anything is measured."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    result = _call(*command)
+
+    assert result.exit_code == 2
+    assert 'pip install ".[train]"' in result.output
+
+
+def test_factor_analysis_is_fitted_evaluated_and_drawn(tmp_path: Path):
+    """From a file of grey images to a checkpoint with results and a plot."""
+    levels = np.random.default_rng(0).random((60, 6, 5)).astype(np.float32)
+    np.savez(tmp_path / "grey.npz", train=levels)
+    data = f"--data={tmp_path / 'grey.npz'}"
+    fitted = _call("fit", str(tmp_path / "fa"), data, "--latent=2", "--iterations=5")
+    measured = _call("evaluate", str(tmp_path / "fa"), data, "--images=5", "--particles=64")
+    again = _call("fit", str(tmp_path / "fa"), data)
+
+    assert fitted.exit_code == measured.exit_code == 0, measured.output
+    assert "Done" in fitted.output
+    assert set(json.loads(measured.stdout)) == {"raw", "predictive", "diagnostics"}
+    assert (tmp_path / "fa" / "diagnostics.png").stat().st_size > 1000
+    assert again.exit_code == 2
+    assert "a new folder" in again.output
