@@ -63,6 +63,7 @@ __all__ = [
     "difference",
     "doubtful",
     "estimate",
+    "looks",
     "rows",
 ]
 
@@ -82,9 +83,10 @@ class Quality:
     proposal: str
 
 
+IMPORTANCE = "importance"
 QUALITIES = {
-    "fast": Quality("importance", "amortised"),
-    "standard": Quality("importance", "laplace"),
+    "fast": Quality(IMPORTANCE, "amortised"),
+    "standard": Quality(IMPORTANCE, "laplace"),
     "high": Quality("annealed", "laplace"),
 }
 FEWEST_EFFECTIVE = 10
@@ -158,9 +160,8 @@ def assess(
             proposal=quality.proposal,
         )
 
-    found = yield from at(images, noise)
     if truth is None:
-        return Assessment(found, None, None)
+        return Assessment((yield from at(images, noise)), None, None)
     scores = yield from score(
         model,
         images,
@@ -169,15 +170,27 @@ def assess(
         proposal=quality.proposal,
         truth=truth,
     )
+    found = scores.log_likelihood
+    if quality.estimator != IMPORTANCE:
+        found = yield from at(images, noise)
     whole = yield from at(Incomplete.complete(images.fill(truth)), noise.at("whole"))
     return Assessment(found, scores.conditional, difference(whole, found))
 
 
 def assessment_rows(quality: Quality, particles: int, *, truth: bool) -> int:
-    """What an assessment costs beside the proposals, in rows of the decoder."""
+    """What an assessment costs beside its looks, in rows of the decoder."""
     once = rows(quality.estimator, particles)
-    predictive = rows("importance", _predictive_particles(quality, particles))
-    return 2 * once + predictive if truth else once
+    if not truth:
+        return once
+    predictive = rows(IMPORTANCE, _predictive_particles(quality, particles))
+    return predictive + once * (1 if quality.estimator == IMPORTANCE else 2)
+
+
+def looks(quality: Quality, *, truth: bool) -> int:
+    """How many proposals an assessment makes."""
+    if not truth:
+        return 1
+    return 2 if quality.estimator == IMPORTANCE else 3
 
 
 def _predictive_particles(quality: Quality, particles: int) -> int:
@@ -365,7 +378,7 @@ def _coefficient(count: int, order: int, left_out: int) -> float:
 ORDERS = {"jackknife": 1, "jackknife-2": 2}
 ESTIMATORS: dict[str, Estimator] = {
     "prior": _prior,
-    "importance": _importance,
+    IMPORTANCE: _importance,
     **{name: _jackknife(order) for name, order in ORDERS.items()},
     "adaptive": _adaptive,
     "annealed": _annealed,

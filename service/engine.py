@@ -161,9 +161,9 @@ class Score:
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        truth = self.truth is not None
-        proposals = (3 if truth else 1) * PREPARATION_ROWS
-        return estimators.assessment_rows(self._way, self.particles, truth=truth) + proposals
+        truth, way = self.truth is not None, self._way
+        proposals = estimators.looks(way, truth=truth) * PREPARATION_ROWS
+        return estimators.assessment_rows(way, self.particles, truth=truth) + proposals
 
     @property
     def _way(self) -> estimators.Quality:

@@ -350,7 +350,7 @@ def test_a_job_costs_the_rows_that_the_decoder_sees(
         model="tiny", values=BLANK, missing=missing, truth=truth, particles=particles, seed=0
     )
     block = BLOCK * math.ceil(particles / BLOCK)
-    looks = 3 if truth is not None else 1
+    looks = 2 if truth is not None else 1
 
     for job, blocks, proposals in ((impute, block + 3, 1), (score, looks * block, looks)):
         cost, rows = _cost_and_rows(folder, job)
