@@ -2,7 +2,8 @@
 
 The referee is annealed importance sampling at many times the temperatures of high quality.
 Images come one at a time, as in the service, and the sides take turns on each of them.
-The gap is that between the first side and the referee, and closed is a side's part of it.
+The gap is that between the first side and the referee, and closed is a side's part of it; where
+it is less than two standard errors there is none to close.
 """
 
 import argparse
@@ -115,15 +116,15 @@ def _table(title: str, sides: dict[str, Side]) -> Table:
     )  # fmt: skip
     first, referee = sides[FIRST], sides[REFEREE]
     whole, error = _mean_error(_gaps(first, referee))
+    wide = whole > SIGNIFICANT * error
     for name, side in sides.items():
         gap, its_error = _mean_error(_gaps(side, referee))
-        wide = whole > SIGNIFICANT * error and name not in (FIRST, REFEREE)
         milliseconds, base = (1000 * _median(s.seconds) for s in (side, first))
         table.add_row(
             name,
             f"{sum(side.values) / len(side.values):.2f}",
             f"{gap:.3f} ± {its_error:.3f}",
-            f"{1 - gap / whole:.0%}" if wide else "",
+            "" if name in (FIRST, REFEREE) else f"{1 - gap / whole:.0%}" if wide else "no gap",
             f"{sum(side.reliable) / len(side.reliable):.0%}",
             f"{_median(side.sizes):.0f}",
             f"{milliseconds:.0f}",
