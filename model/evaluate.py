@@ -271,7 +271,7 @@ class _Test:
             "quality": "auto",
             "in_doubt": round(doubt.double().mean().item(), 3),
             "rank_counts": counts,
-            "rank_p_value": round(uniformity(counts), 4),
+            "rank_p_value": float(f"{uniformity(counts):.2g}"),
             "coverage": round(inside.double().mean().item(), 3),
             "coverage_expected": round((DRAWS + 1 - 2 * OUTSIDE) / (DRAWS + 1), 3),
         }

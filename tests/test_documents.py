@@ -92,6 +92,15 @@ def test_the_readme_gives_the_likelihood_of_the_card() -> None:
     assert f"K = {raw['particles']}" in README
 
 
+def test_the_readme_gives_the_calibration_of_the_card() -> None:
+    """The README's calibration errors and coverage are the card's, rounded."""
+    three, six = SHIPPED.results["diagnostics"]["calibration"]
+
+    assert f"**{three['expected_calibration_error']:.3f}** with 3 patches" in README
+    assert f"**{six['expected_calibration_error']:.3f}** with 6" in README
+    assert f"**{100 * three['coverage']:.1f}%** have" in README
+
+
 def checkpoint_row(card: Card) -> str:
     """A row of the table of checkpoints."""
     raw = card.results["raw"]
