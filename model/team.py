@@ -33,6 +33,12 @@ class Team:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if _cuda() else "gloo")
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
+    @staticmethod
+    def disband() -> None:
+        """Ends what joining began: its threads would outlive the process, which aborts it."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     @property
     def leads(self) -> bool:
         """Whether it is this process that writes files and speaks."""

@@ -167,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = words if options["resume"] else [*words, "--resume"]
         console.print(f"{stop} Go on with: miss-iwem train {shlex.join(again)}")
         return stop.status
+    finally:
+        Team.disband()
     for folder, card in zip(folders, cards, strict=True):
         console.print(
             f"Done: {folder / CHECKPOINT} is of epoch {card.training['best_epoch'] + 1}, "

@@ -32,6 +32,7 @@ assert team.any(team.rank == 1, False) == [True, False]
 assert team.part(torch.arange(5)).tolist() == [[0, 2, 4], [1, 3]][team.rank]
 assert team.leads == (team.rank == 0)
 team.wait()
+Team.disband()
 """
 
 
