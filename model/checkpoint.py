@@ -27,6 +27,7 @@ __all__ = [
     "Card",
     "Checkpoint",
     "CheckpointError",
+    "device_name",
     "provenance",
     "read",
     "read_card",
@@ -144,12 +145,20 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
     return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
 
 
-def provenance() -> dict[str, Any]:
-    """What a training was done with: the commit of this program, and the libraries' versions."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a training was done with: device, commit of this program, and libraries' versions."""
     return {
+        "device": device_name(device),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What a card and a ledger call a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,46 @@ class Dataset:
     binary: bool
     sha256: str
     source: str
+
+    def described(self) -> dict[str, Any]:
+        """What a card says of the data of a training."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "sha256": self.sha256,
+            "images": len(self.train),
+        }
+
+    def split(
+        self,
+        part: str,
+        *,
+        missing: str,
+        redraw: bool,
+        binarise: str,
+        noise: Noise,
+        device: torch.device,
+    ) -> "Split":
+        """A part, train, validation or test, as training goes through it.
+
+        Raises:
+            DataError: No pixel of it is observed.
+        """
+        images: Images = getattr(self, part)
+        split = Split(
+            images,
+            missing=missing,
+            redraw=redraw,
+            binarise=binarise,
+            noise=noise,
+            device=device,
+        )
+        if not bool(split.observed.any()):
+            raise DataError(
+                f"Expected {part} images of {self.name} with pixels that are observed "
+                f"under the missingness {missing}; got {len(images)} without any."
+            )
+        return split
 
 
 def as_seen(

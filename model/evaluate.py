@@ -323,9 +323,8 @@ class _Test:
         parts = list(in_chunks(work, len(hidden), "gaps", self.show))
         found: dict[str, Any] = {"images": len(hidden), "mask": spec, "particles": particles}
         for name in ("amortisation", "approximation"):
-            each = torch.cat([getattr(part, name) for part in parts])
-            found[name] = round(each.mean().item(), 3)
-            found[f"{name}_standard_error"] = round((each.std() / len(each) ** 0.5).item(), 3)
+            mean, error = _mean(torch.cat([getattr(part, name) for part in parts]))
+            found[name], found[f"{name}_standard_error"] = mean, error
         return found
 
     def _anomaly(self, spec: str, *, particles: int) -> dict[str, Any]:
@@ -353,6 +352,12 @@ class _Test:
         return found
 
 
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean over images and its standard error, in thousandths of a nat."""
+    error = values.std() / len(values) ** 0.5
+    return round(values.mean().item(), 3), round(error.item(), 3)
+
+
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
@@ -373,10 +378,11 @@ def _summary(estimates: Sequence[Estimate]) -> dict[str, Any]:
     value = torch.cat([e.value for e in estimates])
     sizes = torch.cat([e.effective_sample_size for e in estimates])
     reliable = torch.cat([e.reliable for e in estimates])
+    mean, error = _mean(value)
     return {
         "images": len(value),
-        "mean": round(value.mean().item(), 3),
-        "standard_error": round((value.std() / len(value) ** 0.5).item(), 3),
+        "mean": mean,
+        "standard_error": error,
         "median_effective_sample_size": round(sizes.median().item(), 1),
         "reliable_share": round(reliable.double().mean().item(), 3),
     }

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, provenance
-from model.data import DataError, Images, Split
+from model.data import Dataset
 from model.factor_analysis import FactorAnalysis
 from model.factor_analysis import fit as climb
 from model.latent import Architecture, LatentVariableModel
@@ -26,6 +26,7 @@ from model.pixels import GaussianPixels
 __all__ = ["Fit", "fit"]
 
 BATCH = 1000
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,7 @@ def fit(folder: Path, asked: Fit, *, console: Console | None = None) -> Card:
         raise ValueError(f"Expected a new folder for the checkpoint; got {folder}.")
     started = time.monotonic()
     dataset = data.load(asked.data)
-    train, validation = (
-        _batches(asked, name, images)
-        for name, images in (("train", dataset.train), ("validation", dataset.validation))
-    )
+    train, validation = (_batches(asked, dataset, part) for part in ("train", "validation"))
     with _progress(asked, console or Console(stderr=True)) as progress:
         found, history = climb(
             train,
@@ -90,20 +88,14 @@ def fit(folder: Path, asked: Fit, *, console: Console | None = None) -> Card:
         objective="ppca" if asked.isotropic else "factor-analysis",
         missing=f"{asked.missing}, drawn once",
         recipe=vars(asked).copy(),
-        data={
-            "name": dataset.name,
-            "source": dataset.source,
-            "sha256": dataset.sha256,
-            "images": len(dataset.train),
-        },
+        data=dataset.described(),
         training={
             "epochs": len(history) - 1,
             "best_epoch": len(history) - 2,
             "train_bound": round(history[-1], 4),
             "validation_bound": round(scores.mean().item(), 4),
             "seconds": round(time.monotonic() - started),
-            "device": f"CPU, {torch.get_num_threads()} threads",
-            **provenance(),
+            **provenance(CPU),
         },
     )
     return checkpoint.write(folder, Checkpoint(model, card))
@@ -128,20 +120,15 @@ def as_model(found: FactorAnalysis, image_shape: tuple[int, int, int]) -> Latent
     return model
 
 
-def _batches(asked: Fit, name: str, images: Images) -> list[Incomplete]:
-    split = Split(
-        images,
+def _batches(asked: Fit, dataset: Dataset, part: str) -> list[Incomplete]:
+    split = dataset.split(
+        part,
         missing=asked.missing,
         redraw=False,
         binarise="none",
-        noise=Noise(asked.seed).at(name),
-        device=torch.device("cpu"),
+        noise=Noise(asked.seed).at(part),
+        device=CPU,
     )
-    if not split.observed.any():
-        raise DataError(
-            f"Expected {name} images of {asked.data} with pixels that are observed under the "
-            f"missingness {asked.missing}; got {len(images)} without any."
-        )
     starts = range(0, len(split), BATCH)
     return [split.batch(slice(at, at + BATCH), Noise(asked.seed)) for at in starts]
 

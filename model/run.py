@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint, data
-from model.checkpoint import Card, Checkpoint, CheckpointError, provenance
-from model.data import DataError, Images, Split
+from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
+from model.data import Split
 from model.latent import LatentVariableModel
 from model.likelihood import Stages
 from model.masks import Incomplete
@@ -112,8 +112,8 @@ class Run:
         self.recipe = replace(recipe, architecture=architecture)
         self.annealed_until = recipe.anneal_epochs if recipe.last_objective.annealed else 0
         self.noise = Noise(recipe.seed)
-        self.train = self._split("train", self.dataset.train)
-        self.validation = self._split("validation", self.dataset.validation)
+        self.train = self._split("train")
+        self.validation = self._split("validation")
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
         self._check_parts()
         model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
@@ -419,19 +419,13 @@ class Run:
             objective=self.recipe.objective,
             missing=f"{self.recipe.missing}, {drawn}",
             recipe=recipe,
-            data={
-                "name": self.dataset.name,
-                "source": self.dataset.source,
-                "sha256": self.dataset.sha256,
-                "images": len(self.train),
-            },
+            data=self.dataset.described(),
             training={
                 "epochs": self.state.validated,
                 "best_epoch": self.state.best_epoch,
                 "validation_bound": round(self.state.best_bound, 4),
                 "seconds": round(self.state.seconds),
-                "device": _device_name(self.device),
-                **provenance(),
+                **provenance(self.device),
             },
         )
 
@@ -447,21 +441,15 @@ class Run:
                 f"got one of {smallest}."
             )
 
-    def _split(self, name: str, images: Images) -> Split:
-        split = Split(
-            images,
+    def _split(self, name: str) -> Split:
+        return self.dataset.split(
+            name,
             missing=self.recipe.missing,
             redraw=self.recipe.redraw,
             binarise=self.recipe.binarise,
             noise=self.noise.at(name),
             device=self.device,
         )
-        if not bool(split.observed.any()):
-            raise DataError(
-                f"Expected {name} images of {self.dataset.name} with pixels that are observed "
-                f"under the missingness {self.recipe.missing}; got {len(images)} without any."
-            )
-        return split
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{k}": v for k, v in self.state.model.state_dict().items()}
@@ -495,7 +483,7 @@ class Run:
     def _entry(self) -> str:
         """What was done since this run was begun, for the ledger."""
         entry = {
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "torch": torch.__version__,
             "from_step": self.since.step,
             "to_step": self.state.step,
@@ -551,9 +539,3 @@ def _pick(device: str) -> torch.device:
         raise RecipeError(
             f"Expected a device of this machine; got {device!r}: {reason}"
         ) from error
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
