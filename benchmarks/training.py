@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from model.evaluate import CHUNK, in_chunks
-from model.latent import Architecture, LatentVariableModel
-from model.likelihood import Scores, finish, score
+from model.evaluate import in_chunks
+from model.latent import CACHED_ROWS, Architecture, LatentVariableModel
+from model.likelihood import BLOCK, Scores, finish, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective, ascend
@@ -30,7 +30,7 @@ from model.stack import NoisePerModel, stacked
 
 BATCH = 100
 SHAPE = (1, 28, 28)
-WARMING, STACK, SCORED = 3, 8, 64
+WARMING, STACK, SCORED = 3, 8, 256
 
 
 def main() -> None:
@@ -66,17 +66,17 @@ def main() -> None:
     )
     sides = {
         "evaluation": _evaluation(device, particles=5000),
-        "products": _forward_products(SCORED * 64 * math.ceil(5000 / 64), device),
+        "products": _forward_products(SCORED * BLOCK * math.ceil(5000 / BLOCK), device),
     }
     times = _interleaved(sides, max(5, said.rounds // 4), device)
     _print(show, f"log p(x) of {SCORED} images, K = 5000", times, "evaluation")
     show.print(f"{said.precision} precision, {device}, {torch.get_num_threads()} threads")
 
 
-def _images(device: torch.device) -> Incomplete:
+def _images(device: torch.device, count: int = BATCH) -> Incomplete:
     generator = Noise(0).generator()
-    values = torch.rand(BATCH, *SHAPE, generator=generator).round()
-    observed = mechanism("patches:6")(BATCH, SHAPE, generator)
+    values = torch.rand(count, *SHAPE, generator=generator).round()
+    observed = mechanism("patches:6")(count, SHAPE, generator)
     return Incomplete.hide(values.to(device), observed.to(device))
 
 
@@ -175,10 +175,10 @@ def _products(rows: int, device: torch.device, *, back: float) -> Callable[[], o
 
 def _forward_products(rows: int, device: torch.device) -> Callable[[], object]:
     weights = [torch.randn(o, i, device=device) for i, o in ((40, 300), (300, 300), (300, 784))]
-    inputs = [torch.randn(64 * CHUNK, w.shape[1], device=device) for w in weights]
+    inputs = [torch.randn(CACHED_ROWS, w.shape[1], device=device) for w in weights]
 
     def products() -> None:
-        for _ in range(rows // (64 * CHUNK)):
+        for _ in range(rows // CACHED_ROWS):
             for w, x in zip(weights, inputs, strict=True):
                 _ = x @ w.T
 
@@ -186,8 +186,8 @@ def _forward_products(rows: int, device: torch.device) -> Callable[[], object]:
 
 
 def _evaluation(device: torch.device, *, particles: int) -> Callable[[], object]:
-    model = _model(device).compiled().requires_grad_(requires_grad=False)
-    images = Incomplete.complete(_images(device).values[:SCORED])
+    model = _model(device).compiled().frozen()
+    images = Incomplete.complete(_images(device, SCORED).values)
 
     def work(index: Tensor) -> Scores:
         noise = NoisePerImage.of(0, index.tolist())

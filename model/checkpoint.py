@@ -142,7 +142,7 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
         raise CheckpointError(
             f"Expected weights of the architecture in {folder.name}'s card; got {error}"
         ) from error
-    return Checkpoint(model.to(device).eval().requires_grad_(requires_grad=False), card)
+    return Checkpoint(model.to(device).frozen(), card)
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from model.factor_analysis import FactorAnalysis
 from model.masks import Incomplete
-from model.networks import DECODERS, ENCODERS, Gaussian, ImageShape, LinearDecoder
+from model.networks import DECODERS, ENCODERS, Gaussian, ImageShape, LinearDecoder, MlpDecoder
 from model.noise import Noise, Source
 from model.pixels import (
     LIKELIHOODS,
@@ -49,7 +49,14 @@ from model.proposal import (
 )
 from model.weights import resample
 
-__all__ = ["EXACT", "Architecture", "LatentVariableModel", "Particles", "gradients"]
+__all__ = [
+    "CACHED_ROWS",
+    "EXACT",
+    "Architecture",
+    "LatentVariableModel",
+    "Particles",
+    "gradients",
+]
 
 
 @contextmanager
@@ -64,7 +71,7 @@ def gradients() -> Generator[None]:
 
 T = TypeVar("T")
 EXACT = "exact"
-CACHED_ROWS = 1024
+CACHED_ROWS = 2048
 """Particles that are decoded at once on a CPU where nobody keeps their pixels."""
 
 
@@ -199,6 +206,13 @@ class LatentVariableModel(nn.Module):
         if isinstance(self.likelihood, Bernoulli) and compiler is not None and header.exists():
             sums = torch.compile(bernoulli_sums)
             self.likelihood = replace(self.likelihood, compiled=sums)
+        return self
+
+    def frozen(self) -> "LatentVariableModel":
+        """The same model, whose weights stay as they are: without gradients, and made quick."""
+        self.eval().requires_grad_(requires_grad=False)
+        if isinstance(self.decoder, MlpDecoder):
+            self.decoder.pack()
         return self
 
     def prior_parameters(self) -> Iterator[nn.Parameter]:

@@ -61,7 +61,7 @@ __all__ = [
 BLOCK = 64
 """Particles that are drawn and decoded at once. Every block is whole, whatever is asked for, so
 that the same particle has the same bits in every request."""
-AT_ONCE = 4
+AT_ONCE = 16
 """Blocks that are worked on together where only their weights are looked at."""
 
 T = TypeVar("T")

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 ImageShape = tuple[int, int, int]
+ONEDNN = torch.ops.mkldnn
+"""What PyTorch compiles models to on a CPU; no stated interface, and not in every build."""
 
 
 class MlpEncoder(nn.Module):
@@ -56,12 +58,31 @@ class MlpDecoder(nn.Module):
         channels, height, width = image_shape
         self.image_shape = image_shape
         self.layers = _mlp((latent, *hidden, channels * height * width), generator)
+        self.packed: list[Tensor] | None = None
+        """The weights as oneDNN lays them out, where they are to stay as they are."""
+
+    def pack(self) -> None:
+        """Lays the weights out for a CPU's multiplications, which take tanh along.
+
+        They must not be changed after it.
+        """
+        weights = [layer.weight for layer in self.layers if isinstance(layer, nn.Linear)]
+        here = torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_linear_pointwise")
+        if here and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights):
+            self.packed = [ONEDNN._reorder_linear_weight(w.detach()) for w in weights]
 
     def forward(
         self, latents: Float[Tensor, "*batch latent"]
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
-        return _through(self.layers, latents).unflatten(-1, self.image_shape)
+        rows = latents.flatten(0, -2)
+        if torch.is_grad_enabled():
+            planes = self.layers(rows)
+        elif self.packed is not None:
+            planes = _packed(self.layers, self.packed, rows)
+        else:
+            planes = _in_place(self.layers, rows)
+        return planes.unflatten(0, latents.shape[:-1]).unflatten(-1, self.image_shape)
 
 
 class LinearDecoder(nn.Module):
@@ -195,11 +216,8 @@ def _convolution(
     return layer
 
 
-def _through(layers: nn.Sequential, inputs: Float[Tensor, "*batch inputs"]) -> Tensor:
-    """The layers' outputs, in place where nobody needs what was there for a gradient."""
-    if torch.is_grad_enabled():
-        return layers(inputs)
-    rows = inputs.flatten(0, -2)
+def _in_place(layers: nn.Sequential, rows: Float[Tensor, "rows inputs"]) -> Tensor:
+    """The layers' outputs where nobody needs what was there before for a gradient."""
     for layer in layers:
         if isinstance(layer, nn.Linear):
             rows = (rows @ layer.weight.T).add_(layer.bias)
@@ -207,7 +225,18 @@ def _through(layers: nn.Sequential, inputs: Float[Tensor, "*batch inputs"]) -> T
             rows = rows.tanh_()
         else:
             rows = layer(rows)
-    return rows.unflatten(0, inputs.shape[:-1])
+    return rows
+
+
+def _packed(
+    layers: nn.Sequential, weights: Sequence[Tensor], rows: Float[Tensor, "rows inputs"]
+) -> Tensor:
+    """The same with packed weights, each product with its bias and its tanh at once."""
+    biases = [layer.bias for layer in layers if isinstance(layer, nn.Linear)]
+    activations = ["tanh"] * (len(weights) - 1) + ["none"]
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        rows = ONEDNN._linear_pointwise(rows, weight, bias, activation, [], "none")
+    return rows
 
 
 def _mlp(widths: Sequence[int], generator: Generator) -> nn.Sequential:

@@ -51,6 +51,47 @@ def test_decoders_take_latents_to_planes_of_the_images_shape(name: str, shape: I
 
 
 @every_shape
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_frozen_decoder_gives_what_it_gave(name: str, shape: ImageShape):
+    """However its weights are laid out, the planes are the same to single precision."""
+    architecture = Architecture(image_shape=shape, decoder=name, hidden=(30, 20))
+    model = architecture.build(Noise(0))
+    latents = Noise(1).normal(50, 64, 40, like=LIKE)
+    with torch.no_grad():
+        before = model.decode(latents)
+        after = model.frozen().decode(latents)
+
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_particle_is_decoded_by_a_frozen_model_alone_as_it_is_among_others():
+    """The bits of a block of 64 particles are the same in a batch of any size."""
+    model = Architecture().build(Noise(0)).frozen()
+    latents = Noise(1).normal(32, 64, 40, like=LIKE)
+    together = model.decode(latents)
+
+    for count in (1, 3, 16):
+        assert torch.equal(model.decode(latents[:count]), together[:count])
+
+
+def test_a_frozen_model_of_another_precision_is_not_packed():
+    """Double precision stays double, and the gradients of latents are still there."""
+    model = Architecture(hidden=(30, 20)).build(Noise(0)).double().frozen()
+    latents = Noise(1).normal(2, 3, 40, like=LIKE).double().requires_grad_()
+    with torch.no_grad():
+        assert model.decode(latents).dtype == torch.float64
+    (slope,) = torch.autograd.grad(model.decode(latents).sum(), latents)
+
+    assert slope.abs().sum() > 0
+
+
+def test_no_weight_of_a_frozen_model_has_a_gradient():
+    """Frozen means that nothing of it is learned."""
+    assert not any(p.requires_grad for p in Architecture().build(Noise(0)).frozen().parameters())
+
+
+@every_shape
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_image_is_encoded_alone_as_it_is_among_others(name: str, shape: ImageShape):
     """Leading axes are no part of the computation."""
