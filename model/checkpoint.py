@@ -6,6 +6,7 @@ SHA-256, which is verified on load.
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from model.latent import Architecture, LatentVariableModel
-from model.noise import Noise
+from model.likelihood import finish, score
+from model.masks import Incomplete
+from model.noise import Noise, NoisePerImage
 
 __all__ = [
     "CARD",
@@ -62,6 +65,9 @@ class Card:
     results: dict[str, Any] = field(default_factory=dict)
     """Test results by name, each with its estimator, particles and standard error."""
     weights_sha256: str = ""
+    self_test: float | None = None
+    """What these weights give as log p(x_o) of a pattern, in nats; who reads them finds it again.
+    None in cards of before there was one."""
     format_version: int = FORMAT_VERSION
 
 
@@ -76,7 +82,11 @@ class Checkpoint:
 def write(folder: Path, checkpoint: Checkpoint) -> Card:
     """Replaces the folder as a whole by this checkpoint; returns the card with the hash."""
     weights = save({k: v.contiguous() for k, v in checkpoint.model.state_dict().items()})
-    card = replace(checkpoint.card, weights_sha256=hashlib.sha256(weights).hexdigest())
+    card = replace(
+        checkpoint.card,
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        self_test=_self_test(checkpoint.model),
+    )
     fresh = _beside(folder)
     fresh.mkdir(parents=True)
     (fresh / WEIGHTS).write_bytes(weights)
@@ -110,7 +120,7 @@ def read_card(folder: Path) -> Card:
         raise CheckpointError(f"Expected a checkpoint in {folder.name}; got {error}.") from error
     known = {f.name for f in fields(Card)}
     got: dict[str, Any] = raw if isinstance(raw, dict) else {}
-    if set(got) != known or got["format_version"] != FORMAT_VERSION:
+    if not known - {"self_test"} <= set(got) <= known or got["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"Expected a card of format {FORMAT_VERSION} with the fields {sorted(known)} "
             f"in {folder.name}; got format {got.get('format_version')} with {sorted(got)}."
@@ -123,7 +133,8 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
     """The model that a folder holds, on a device, ready for inference.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, or the weights are not the card's.
+        CheckpointError: The folder is no checkpoint, or the weights are not the card's, or this
+            machine gets something else out of them.
     """
     card = read_card(folder)
     try:
@@ -142,7 +153,32 @@ def read(folder: Path, *, device: str = "cpu") -> Checkpoint:
         raise CheckpointError(
             f"Expected weights of the architecture in {folder.name}'s card; got {error}"
         ) from error
-    return Checkpoint(model.to(device).frozen(), card)
+    model.to(device).frozen()
+    if card.self_test is not None:
+        found = _self_test(model)
+        if not math.isclose(found, card.self_test, rel_tol=SAME, abs_tol=SAME):
+            raise CheckpointError(
+                f"Expected {card.self_test} nats in the self-test of {folder.name}; got {found}."
+            )
+    return Checkpoint(model, card)
+
+
+SAME = 1e-3
+"""Of a number that two machines compute in single precision."""
+
+
+@torch.no_grad()
+def _self_test(model: LatentVariableModel) -> float:
+    """Log p(x_o) of stripes whose right half is missing, by 64 particles of q(z | (x_o, 0))."""
+    values = torch.zeros(1, *model.architecture.image_shape, device=model.device)
+    values[..., ::3] = 1
+    observed = torch.zeros_like(values, dtype=torch.bool)
+    observed[..., : (values.shape[-1] + 1) // 2] = True
+    stripes = Incomplete.hide(values, observed)
+    scores = finish(
+        score(model, stripes, NoisePerImage.of(0, [0]), particles=64, proposal="zero-filled")
+    )
+    return scores.log_likelihood.value.item()
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

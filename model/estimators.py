@@ -26,13 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from model.adaptation import PER_ROUND, ROUNDS, adaptive
 from model.annealing import LEAPFROGS, Chains, annealed
 from model.latent import EXACT, LatentVariableModel
 from model.likelihood import (
+    AT_ONCE,
     BLOCK,
     Estimate,
     Stages,
@@ -61,7 +62,6 @@ __all__ = [
     "assessment_rows",
     "chains",
     "difference",
-    "doubtful",
     "estimate",
     "looks",
     "rows",
@@ -89,19 +89,6 @@ QUALITIES = {
     "standard": Quality(IMPORTANCE, "laplace"),
     "high": Quality("annealed", "laplace"),
 }
-FEWEST_EFFECTIVE = 10
-"""Particles that must count before an answer is trusted: draws are taken from among them."""
-
-
-def doubtful(found: Estimate) -> Bool[Tensor, " batch"]:
-    """Of which images a better quality should be tried.
-
-    It is where the tail of the weights is too heavy for the error to be believed, or few particles
-    count. Of less than a block of particles nothing can be told.
-    """
-    if found.particles < BLOCK:
-        return torch.zeros_like(found.value, dtype=torch.bool)
-    return ~found.reliable | (found.effective_sample_size < FEWEST_EFFECTIVE)
 
 
 def estimate(
@@ -112,8 +99,12 @@ def estimate(
     estimator: str = "importance",
     particles: int = 1000,
     proposal: str | Proposal = "laplace",
+    tolerance: float | None = None,
 ) -> Stages[Estimate]:
     """Log p(x_o) of each image by the estimator of this name.
+
+    With a tolerance, a standard error in nats, those that may stop draw no more particles than
+    it takes.
 
     Raises:
         ValueError: There is no such estimator, or there are too few particles for it.
@@ -123,7 +114,7 @@ def estimate(
     if model.exact is not None:
         scores = yield from score(model, images, noise, particles=particles)
         return scores.log_likelihood
-    asked = Asked(model, images, noise, particles, proposal)
+    asked = Asked(model, images, noise, particles, proposal, tolerance)
     found = yield from ESTIMATORS[estimator](asked)
     return replace(found, estimator=estimator)
 
@@ -147,8 +138,12 @@ def assess(
     quality: Quality,
     particles: int,
     truth: Float[Tensor, "batch channels height width"] | None = None,
+    tolerance: float | None = None,
 ) -> Stages[Assessment]:
-    """How likely the images are, and what was behind their holes."""
+    """How likely the images are, and what was behind their holes.
+
+    With a tolerance, no more particles are drawn than it takes; chains have one length.
+    """
 
     def at(images: Incomplete, noise: Source) -> Stages[Estimate]:
         return estimate(
@@ -158,6 +153,7 @@ def assess(
             estimator=quality.estimator,
             particles=particles,
             proposal=quality.proposal,
+            tolerance=tolerance,
         )
 
     if truth is None:
@@ -169,6 +165,7 @@ def assess(
         particles=_predictive_particles(quality, particles),
         proposal=quality.proposal,
         truth=truth,
+        tolerance=tolerance,
     )
     found = scores.log_likelihood
     if quality.estimator != IMPORTANCE:
@@ -210,6 +207,7 @@ class Asked:
     noise: Source
     particles: int
     proposal: str | Proposal
+    tolerance: float | None = None
 
 
 def rows(estimator: str, particles: int) -> int:
@@ -235,6 +233,7 @@ def _importance(asked: Asked) -> Stages[Estimate]:
         asked.noise,
         particles=asked.particles,
         proposal=asked.proposal,
+        tolerance=asked.tolerance,
     )
     return scores.log_likelihood
 
@@ -322,7 +321,7 @@ def _jackknife(order: int) -> Estimator:
             asked.noise,
             particles=total,
             proposal=asked.proposal,
-            keep=False,
+            at_once=AT_ONCE,
         ):
             sums = sums.update(block.log_weights)
             by_block.append(block.log_weights.double().unflatten(-1, (-1, BLOCK)).logsumexp(-1))

@@ -36,7 +36,7 @@ from model.diagnostics import (
     ranks,
     uniformity,
 )
-from model.estimators import QUALITIES, Quality, doubtful
+from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
 from model.latent import LatentVariableModel
 from model.likelihood import Estimate, Scores, Stages, finish, score
@@ -301,7 +301,7 @@ class _Test:
             return finish(stages)
 
         whole = completed(images, index, QUALITIES["standard"])
-        mean, draws, doubt = whole.mean, whole.draws, doubtful(whole.log_likelihood)
+        mean, draws, doubt = whole.mean, whole.draws, whole.log_likelihood.doubtful
         if doubt.any():
             picked = doubt.nonzero()[:, 0]
             better = completed(images[picked], index[picked], QUALITIES["high"])

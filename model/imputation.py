@@ -26,7 +26,7 @@ from model.annealing import LEAPFROGS
 from model.estimators import CHAINS, Asked, annealed_estimate, chains
 from model.estimators import rows as cost
 from model.latent import LatentVariableModel
-from model.likelihood import Block, Estimate, Stages, blocks, estimate_of, exactly
+from model.likelihood import Block, Estimate, Stages, blocks, estimate_of, exactly, precise
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import Proposal
@@ -63,9 +63,12 @@ def impute(
     levels: Sequence[float] = (),
     proposal: str | Proposal = "laplace",
     estimator: str = "importance",
+    tolerance: float | None = None,
 ) -> Stages[Completions]:
     """The posterior mean and standard deviation of the missing pixels, and draws of them.
 
+    With a tolerance, no more particles are drawn than bring the standard error of log p(x_o)
+    below so many nats; chains have one length.
     The estimator is `importance` or `annealed`. A model with a closed form has no need of chains.
 
     Raises:
@@ -85,6 +88,8 @@ def impute(
         whole = blocks(model, images, noise, particles=particles, proposal=proposal)
         for index, block in enumerate(whole):
             fold = fold.update(block, index)
+            if tolerance is not None and precise(fold.sums, tolerance):
+                break
             yield
         log_likelihood = exactly(model, images, proposal, estimate_of(fold.sums))
     return fold.completions(levels, log_likelihood)

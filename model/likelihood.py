@@ -54,6 +54,7 @@ __all__ = [
     "estimate_of",
     "finish",
     "modes",
+    "precise",
     "proposed",
     "score",
 ]
@@ -61,8 +62,12 @@ __all__ = [
 BLOCK = 64
 """Particles that are drawn and decoded at once. Every block is whole, whatever is asked for, so
 that the same particle has the same bits in every request."""
+FEWEST_EFFECTIVE = 10
+"""Particles that must count before an answer is trusted: draws are taken from among them."""
 AT_ONCE = 16
 """Blocks that are worked on together where only their weights are looked at."""
+CHECKED = 4
+"""The same where it is looked at whether they are enough."""
 
 T = TypeVar("T")
 Stages = Generator[None, None, T]
@@ -99,6 +104,17 @@ class Estimate:
     def reliable(self) -> Bool[Tensor, " batch"]:
         """Whether the standard error may be believed."""
         return self.pareto_k <= RELIABLE_PARETO_K
+
+    @property
+    def doubtful(self) -> Bool[Tensor, " batch"]:
+        """Of which images a better quality should be tried.
+
+        It is where the tail of the weights is too heavy for the error to be believed, or few
+        particles count. Of less than a block of particles nothing can be told.
+        """
+        if self.particles < BLOCK:
+            return torch.zeros_like(self.value, dtype=torch.bool)
+        return ~self.reliable | (self.effective_sample_size < FEWEST_EFFECTIVE)
 
 
 @dataclass(frozen=True)
@@ -228,14 +244,14 @@ def blocks(
     *,
     particles: int,
     proposal: str | Proposal = "laplace",
-    keep: bool = True,
+    at_once: int = 0,
 ) -> Iterator[Block]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
-    Where the decoder's output is not kept there is room for several blocks at once.
+    Some blocks may be worked on together, but then the decoder's output is not kept.
     """
     distribution = proposed(model, images, noise.at("proposal"), proposal)
-    count, at_once = math.ceil(particles / BLOCK), 1 if keep else AT_ONCE
+    count, keep, at_once = math.ceil(particles / BLOCK), not at_once, at_once or 1
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
@@ -253,15 +269,19 @@ def score(
     particles: int,
     proposal: str | Proposal = "laplace",
     truth: Float[Tensor, "batch channels height width"] | None = None,
+    tolerance: float | None = None,
 ) -> Stages[Scores]:
     """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o).
 
-    Of a model with a closed form the first is exact, unless another proposal was given.
+    With a tolerance, in nats, no more particles are drawn than bring both standard errors below
+    it. Of a model with a closed form the first is exact, unless another proposal was given.
     """
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
-    keep = truth is not None
-    for block in blocks(model, images, noise, particles=particles, proposal=proposal, keep=keep):
+    at_once = 0 if truth is not None else AT_ONCE if tolerance is None else CHECKED
+    for block in blocks(
+        model, images, noise, particles=particles, proposal=proposal, at_once=at_once
+    ):
         log_w = block.log_weights
         sums = sums.update(log_w)
         if truth is not None:
@@ -270,6 +290,10 @@ def score(
                 block.parameters, truth, ~images.observed
             )
             predictive = predictive.update(log_w, log_missing)
+        if tolerance is not None and precise(sums, tolerance):
+            also = None if truth is None else predictive.estimate(sums)
+            if also is None or bool((also.standard_error <= tolerance).all()):
+                break
         yield
     found = exactly(model, images, proposal, estimate_of(sums))
     if truth is None:
@@ -280,6 +304,13 @@ def score(
         value = exactly(model, whole, proposal, conditional).value - found.value
         conditional = replace(found, value=value)
     return Scores(found, conditional)
+
+
+def precise(sums: WeightSums, tolerance: float) -> bool:
+    """Whether every image's log p(x_o) is known to this standard error, and that beyond doubt."""
+    if bool((sums.standard_error > tolerance).any()):
+        return False
+    return not bool(estimate_of(sums).doubtful.any())
 
 
 def exactly(

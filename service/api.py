@@ -1,11 +1,14 @@
 """The routes: validate by type, hand jobs to the engine, return."""
 
 import asyncio
+import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
@@ -15,21 +18,23 @@ from fastapi.responses import JSONResponse, RedirectResponse
 
 from service import codec, schemas
 from service.codec import Picture
-from service.engine import (
+from service.engine import Engine
+from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady, UnknownFormat
+from service.models import Card, Model, Models
+from service.multipart import MultipartRoute
+from service.work import (
     FEWEST,
     MAX_SEED,
-    Card,
-    Engine,
+    STOPPING,
     Estimate,
     Imputation,
     Impute,
+    Job,
     Sample,
     Score,
     Scoring,
     image_seed,
 )
-from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady, UnknownFormat
-from service.multipart import MultipartRoute
 
 __all__ = ["ClientGone", "State", "health", "router"]
 
@@ -40,16 +45,15 @@ class State(TypedDict):
     """What lives as long as the application."""
 
     engine: Engine
+    models: Models
     default_model: str
+    timeout: float
+    """Seconds that a request gets at most."""
     codecs: ThreadPoolExecutor
 
 
 class ClientGone(Exception):
     """The client closed the connection; nobody reads the answer."""
-
-
-def _state(request: Request) -> State:
-    return cast("State", request.state)
 
 
 async def _json_body(request: Request) -> None:
@@ -60,7 +64,87 @@ async def _json_body(request: Request) -> None:
 
 
 JSON_TYPE = re.compile(r"\s*application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
-Here = Annotated[State, Depends(_state)]
+TimeoutMs = Annotated[
+    int | None,
+    Header(
+        alias="X-Timeout-Ms",
+        ge=1,
+        description="Milliseconds after which the answer is of no use: then it is 504. "
+        "The server has a limit of its own.",
+    ),
+]
+
+
+class Clock:
+    """What a request's time goes into, for the header Server-Timing."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Generator[None]:
+        """The time within belongs to this part."""
+        started = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - started
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The parts so far, in milliseconds."""
+        told = (f"{name};dur={1000 * seconds:.1f}" for name, seconds in self.parts.items())
+        return {"Server-Timing": ", ".join(told)}
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A request on its way: what there is here for it, and what its time goes into."""
+
+    request: Request
+    here: State
+    seconds: float
+    """That it gets."""
+    clock: Clock = field(default_factory=Clock)
+
+    async def model(self, name: str | None) -> Model:
+        """The model that is meant, away from the event loop: it may have to be read."""
+        chosen = self.here["default_model"] if name is None else name
+        return await asyncio.to_thread(self.here["models"].get, chosen)
+
+    async def in_pool(self, part: str, work: Callable[..., T], *arguments: Any) -> T:
+        """Reading and writing pictures, away from the event loop."""
+        with self.clock.part(part):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.here["codecs"], work, *arguments)
+
+    async def results(self, jobs: Sequence[Job]) -> list[Any]:
+        """The jobs' results, unless the client leaves first: then the work is dropped.
+
+        Nothing else does this: a handler goes on when its client has gone.
+        """
+        work = asyncio.ensure_future(self.here["engine"].submit(jobs, seconds=self.seconds))
+        left = asyncio.ensure_future(_disconnected(self.request))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientGone
+            answers = await work
+        finally:
+            work.cancel()
+            left.cancel()
+        self.clock.parts |= {"queue": answers.waited, "compute": answers.worked}
+        return answers.results
+
+
+def _visit(request: Request, timeout: TimeoutMs = None) -> Visit:
+    here = cast("State", request.state)
+    asked = math.inf if timeout is None else timeout / 1000
+    return Visit(request, here, min(asked, here["timeout"]))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -77,6 +161,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         429: "The queue is full; see Retry-After.",
         500: "A fault of ours.",
         503: "Starting or shutting down.",
+        504: "The time that the request had has passed.",
     }.items()
 }
 PICTURE = {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
@@ -90,6 +175,7 @@ def _form(*files: str, **fields: str) -> dict[str, Any]:
     return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
+Visiting = Annotated[Visit, Depends(_visit)]
 router = APIRouter(prefix="/v1", responses=PROBLEMS)
 forms = APIRouter(route_class=MultipartRoute, dependencies=[Depends(_json_body)])
 health = APIRouter()
@@ -108,6 +194,7 @@ health = APIRouter()
         model="string",
         draws="integer",
         particles="integer",
+        tolerance="number",
         quality="string",
         seed="integer",
         outputs="string",
@@ -117,8 +204,7 @@ health = APIRouter()
 )
 async def impute(
     body: schemas.ImputeRequest,
-    request: Request,
-    here: Here,
+    visit: Visiting,
     accept: Annotated[str, Header(include_in_schema=False)] = "application/json",
 ) -> Any:
     """Complete images: posterior mean, standard deviation and independent draws.
@@ -126,18 +212,20 @@ async def impute(
     With `Accept: image/png` the answer is the one completed picture: the mean, or the draw or the
     median when that alone is in `outputs`.
     """
-    name, card = await _model(here, body.model)
+    _refuse_tolerance(body.tolerance, None, body.quality)
+    model = await visit.model(body.model)
     seed = _seed(body.seed)
     as_picture = "image/png" in accept and "application/json" not in accept
     if as_picture and len(body.images) != 1:
         raise NotAcceptable.of("images", "one image for image/png", str(len(body.images)))
-    pictures = await _read(here, [(i.image, i.mask, None) for i in body.images], card)
+    pictures = await _read(visit, [(i.image, i.mask, None) for i in body.images], model)
     jobs = [
         Impute(
-            model=name,
+            model=model,
             values=picture.values,
             missing=picture.missing,
             particles=body.particles,
+            tolerance=body.tolerance,
             draws=max(body.draws, int(as_picture)),
             levels=_levels(body),
             seed=image_seed(seed, index),
@@ -145,9 +233,12 @@ async def impute(
         )
         for index, (picture, _) in enumerate(pictures)
     ]
-    done: list[Imputation] = await _while_connected(request, here["engine"].submit(jobs))
+    done: list[Imputation] = await visit.results(jobs)
     work = _picture if as_picture else _imputed
-    return await _in_pool(here, work, body, (name, card), seed, [p for p, _ in pictures], done)
+    only = [picture for picture, _ in pictures]
+    answer = await visit.in_pool("encode", work, body, model, seed, only, done)
+    answer.headers.update(visit.clock.header)
+    return answer
 
 
 @forms.post(
@@ -158,34 +249,38 @@ async def impute(
         "truth",
         model="string",
         particles="integer",
+        tolerance="number",
         quality="string",
         estimator="string",
         seed="integer",
     ),
 )
 async def log_likelihood(
-    body: schemas.LogLikelihoodRequest, request: Request, here: Here
+    body: schemas.LogLikelihoodRequest, visit: Visiting, response: Response
 ) -> schemas.LogLikelihoodResponse:
     """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
     if body.estimator is not None:
         _refuse_estimator(body.estimator, body.quality, body.particles)
-    name, card = await _model(here, body.model)
+    _refuse_tolerance(body.tolerance, body.estimator, body.quality)
+    model = await visit.model(body.model)
     seed = _seed(body.seed)
-    pictures = await _read(here, [(i.image, i.mask, i.truth) for i in body.images], card)
+    pictures = await _read(visit, [(i.image, i.mask, i.truth) for i in body.images], model)
     jobs = [
         Score(
-            model=name,
+            model=model,
             values=picture.values,
             missing=picture.missing,
             truth=None if truth is None else truth.values,
             particles=body.particles,
+            tolerance=body.tolerance,
             estimator=body.estimator,
             seed=image_seed(seed, index),
             **_quality("standard" if body.estimator else body.quality),
         )
         for index, (picture, truth) in enumerate(pictures)
     ]
-    done: list[Scoring] = await _while_connected(request, here["engine"].submit(jobs))
+    done: list[Scoring] = await visit.results(jobs)
+    response.headers.update(visit.clock.header)
     results = [
         schemas.Scored(
             id=item.id,
@@ -194,49 +289,50 @@ async def log_likelihood(
             difference=scoring.difference and _estimate(scoring.difference),
             quality=scoring.quality,
             seed=job.seed,
-            binarised=_binarised(picture, card),
+            binarised=_binarised(picture, model.card),
         )
         for item, job, (picture, _), scoring in zip(body.images, jobs, pictures, done, strict=True)
     ]
-    return schemas.LogLikelihoodResponse(model=name, results=results)
+    return schemas.LogLikelihoodResponse(model=model.name, results=results)
 
 
 @router.post("/samples", dependencies=[Depends(_json_body)])
 async def samples(
-    body: schemas.SamplesRequest, request: Request, here: Here
+    body: schemas.SamplesRequest, visit: Visiting, response: Response
 ) -> schemas.SamplesResponse:
     """Draw images from the model itself."""
-    name, _ = await _model(here, body.model)
+    model = await visit.model(body.model)
     seed = _seed(body.seed)
-    job = Sample(model=name, count=body.count, seed=seed)
-    (drawn,) = await _while_connected(request, here["engine"].submit([job]))
-    encoded = await _in_pool(here, lambda: [codec.encode(i, body.encoding) for i in drawn])
-    return schemas.SamplesResponse(model=name, samples=encoded, seed=seed)
+    (drawn,) = await visit.results([Sample(model=model, count=body.count, seed=seed)])
+    encoded = await visit.in_pool(
+        "encode", lambda: [codec.encode(image, body.encoding) for image in drawn]
+    )
+    response.headers.update(visit.clock.header)
+    return schemas.SamplesResponse(model=model.name, samples=encoded, seed=seed)
 
 
 @router.get("/models")
-async def models(here: Here) -> schemas.Models:
+async def models(visit: Visiting) -> schemas.Models:
     """List the models."""
     summaries = [
         schemas.ModelSummary(
             name=name,
-            default=name == here["default_model"],
+            default=name == visit.here["default_model"],
             image_shape=card.architecture.image_shape,
             likelihood=card.architecture.likelihood,
             objective=card.objective,
             missing=card.missing,
             weights_sha256=card.weights_sha256,
         )
-        for name, card in (await asyncio.to_thread(here["engine"].cards)).items()
+        for name, card in (await asyncio.to_thread(visit.here["models"].cards)).items()
     ]
     return schemas.Models(models=summaries)
 
 
 @router.get("/models/{name}")
-async def model(name: str, here: Here) -> dict[str, Any]:
+async def model(name: str, visit: Visiting) -> dict[str, Any]:
     """Show all that is known about a model: its card."""
-    _, card = await _model(here, name)
-    return asdict(card)
+    return asdict((await visit.model(name)).card)
 
 
 @health.get("/health/live")
@@ -246,9 +342,9 @@ async def live() -> schemas.Health:
 
 
 @health.get("/health/ready", responses={503: PROBLEMS[503]})
-async def ready(here: Here) -> schemas.Health:
+async def ready(request: Request) -> schemas.Health:
     """Say that the models are loaded and the engine does its work."""
-    if not here["engine"].ready:
+    if not cast("State", request.state)["engine"].ready:
         raise NotReady("The engine is starting, shutting down or stuck.")
     return schemas.Health(status="ok")
 
@@ -260,12 +356,6 @@ async def root() -> RedirectResponse:
 
 
 router.include_router(forms)
-
-
-async def _model(here: State, name: str | None) -> tuple[str, Card]:
-    """The model that is meant and its card, away from the event loop: it may have to be read."""
-    chosen = here["default_model"] if name is None else name
-    return chosen, await asyncio.to_thread(here["engine"].card, chosen)
 
 
 def _quality(asked: schemas.Quality) -> dict[str, Any]:
@@ -281,6 +371,13 @@ def _refuse_estimator(estimator: str, quality: str, particles: int) -> None:
         raise BadInput.of("particles", f"at least {fewest} with {estimator}", str(particles))
 
 
+def _refuse_tolerance(tolerance: float | None, estimator: str | None, quality: str) -> None:
+    if tolerance is None or (quality != "high" and (estimator or STOPPING[0]) in STOPPING):
+        return
+    with_what = estimator or f"the quality {quality}"
+    raise BadInput.of("tolerance", f"none with {with_what}, which has one length", str(tolerance))
+
+
 def _levels(body: schemas.ImputeRequest) -> tuple[float, ...]:
     """Those that the outputs need; the median is the last."""
     levels = body.levels if "quantiles" in body.outputs else []
@@ -292,10 +389,10 @@ def _seed(given: int | None) -> int:
 
 
 async def _read(
-    here: State, items: list[tuple[Any, Any, Any]], card: Card
+    visit: Visit, items: list[tuple[Any, Any, Any]], model: Model
 ) -> list[tuple[Picture, Picture | None]]:
     """The pictures with their holes, and the truths where they were sent."""
-    shape = card.architecture.image_shape
+    shape = model.card.architecture.image_shape
 
     def read() -> list[tuple[Picture, Picture | None]]:
         pictures: list[tuple[Picture, Picture | None]] = []
@@ -308,7 +405,7 @@ async def _read(
             pictures.append((picture, known))
         return pictures
 
-    return await _in_pool(here, read)
+    return await visit.in_pool("decode", read)
 
 
 def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
@@ -320,12 +417,11 @@ def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
 
 def _imputed(
     body: schemas.ImputeRequest,
-    of: tuple[str, Card],
+    model: Model,
     seed: int,
     pictures: list[Picture],
     done: list[Imputation],
 ) -> Response:
-    name, card = of
     results = [
         schemas.Imputed(
             id=item.id,
@@ -337,16 +433,16 @@ def _imputed(
             log_likelihood=_estimate(d.log_likelihood),
             quality=d.quality,
             seed=image_seed(seed, index),
-            binarised=_binarised(p, card),
+            binarised=_binarised(p, model.card),
         )
         for index, (item, p, d) in enumerate(zip(body.images, pictures, done, strict=True))
     ]
-    return JSONResponse(schemas.ImputeResponse(model=name, results=results).model_dump())
+    return JSONResponse(schemas.ImputeResponse(model=model.name, results=results).model_dump())
 
 
 def _picture(
     body: schemas.ImputeRequest,
-    of: tuple[str, Card],
+    model: Model,
     seed: int,
     pictures: list[Picture],
     done: list[Imputation],
@@ -357,7 +453,7 @@ def _picture(
         chosen = imputation.quantiles[-1]
     headers = {
         "X-Seed": str(seed),
-        "X-Model": quote(of[0]),
+        "X-Model": quote(model.name),
         "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
         "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
         "X-Quality": imputation.quality,
@@ -388,30 +484,3 @@ def _binarised(picture: Picture, card: Card) -> bool:
         return False
     seen = picture.values[:, ~picture.missing]
     return bool(((seen != 0) & (seen != 1)).any())
-
-
-async def _in_pool(here: State, work: Callable[..., T], *arguments: Any) -> T:
-    """Reading and writing pictures away from the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(here["codecs"], work, *arguments)
-
-
-async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
-    """The answer, unless the client leaves first: then the work is dropped.
-
-    Nothing else does this: a handler goes on when its client has gone.
-    """
-    work = asyncio.ensure_future(answer)
-    left = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGone
-        return await work
-    finally:
-        work.cancel()
-        left.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

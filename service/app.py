@@ -29,6 +29,7 @@ from service.errors import (
     TooLarge,
     problem_document,
 )
+from service.models import Models
 from service.settings import Settings
 
 __all__ = ["create_app"]
@@ -63,17 +64,23 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[api.State]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[api.State]:
+        models = Models(settings.checkpoints, device=settings.device, memory=settings.max_models)
+        await asyncio.to_thread(models.start, settings.model)
         engine = Engine(
-            settings.checkpoints,
-            device=settings.device,
             threads=settings.threads,
             max_request=settings.max_request,
             max_waiting=settings.max_waiting,
         )
-        await asyncio.to_thread(engine.start)
+        engine.start()
         try:
             with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
-                yield api.State(engine=engine, default_model=settings.model, codecs=codecs)
+                yield api.State(
+                    engine=engine,
+                    models=models,
+                    default_model=settings.model,
+                    timeout=settings.timeout,
+                    codecs=codecs,
+                )
         finally:
             await asyncio.to_thread(engine.stop, seconds=settings.drain)
 

@@ -9,7 +9,8 @@
     ├── BadInput              422  a field with a value that it cannot have
     ├── Overloaded            429  the queue is full; Retry-After says when it will not be
     ├── Failed                500  a fault of ours
-    └── NotReady              503  starting, or shutting down
+    ├── NotReady              503  starting, or shutting down
+    └── Expired               504  the time that the request had has passed
 
 All of them, and the framework's own, leave as RFC 9457 problem documents: `type` is stable,
 `errors` lists the fields with what was expected and what came.
@@ -23,6 +24,7 @@ __all__ = [
     "MEDIA_TYPE",
     "BadInput",
     "BadRequest",
+    "Expired",
     "Failed",
     "FieldError",
     "NotAcceptable",
@@ -135,6 +137,18 @@ class NotReady(Problem):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"Retry-After": "1"})
+
+
+class Expired(Problem):
+    """The time that the request had has passed."""
+
+    status, slug = 504, "deadline"
+
+    def __init__(self, *, begun: bool) -> None:
+        when = "while it was worked on" if begun else "before it was begun"
+        super().__init__(
+            f"The time for this request passed {when}. Try fewer particles or images, or later."
+        )
 
 
 def problem_document(status: int, slug: str, detail: str, *errors: FieldError) -> dict[str, Any]:

@@ -65,6 +65,15 @@ Particles = Annotated[
     StrictInt,
     Field(ge=1, le=MAX_PARTICLES, description="Importance samples an image; more are more exact."),
 ]
+Tolerance = Annotated[
+    float | None,
+    Field(
+        ge=0.001,
+        le=10,
+        description="A standard error of the log-likelihood, in nats, at which no more particles "
+        "are drawn, where it may be believed; particles is then the most that may be.",
+    ),
+]
 Quality = Annotated[
     Literal["auto", "fast", "standard", "high"],
     Field(
@@ -128,6 +137,7 @@ class ImputeRequest(Strict):
     images: list[Item] = Field(min_length=1, max_length=MAX_IMAGES)
     draws: StrictInt = Field(1, ge=0, le=MAX_DRAWS, description="Completions an image.")
     particles: Particles = 1000
+    tolerance: Tolerance = None
     quality: Quality = "auto"
     seed: Seed = None
     outputs: list[Literal["mean", "draws", "std", "median", "quantiles"]] = [
@@ -151,6 +161,7 @@ class LogLikelihoodRequest(Strict):
     model: ModelName = None
     images: list[TruthItem] = Field(min_length=1, max_length=MAX_IMAGES)
     particles: Particles = 1000
+    tolerance: Tolerance = None
     quality: Quality = "auto"
     estimator: EstimatorName = None
     seed: Seed = None

@@ -35,6 +35,12 @@ class Settings(BaseSettings):
     max_waiting: PositiveInt = Field(
         4_000_000, description="Particles that may wait; more are refused with 429."
     )
+    max_models: PositiveInt = Field(
+        2 * 2**30, description="Bytes of weights that are kept; what was used longest ago goes."
+    )
+    timeout: PositiveFloat = Field(
+        300.0, description="Seconds that a request gets; X-Timeout-Ms asks for fewer."
+    )
     drain: PositiveFloat = Field(20.0, description="Seconds that running requests get at the end.")
 
 

@@ -63,7 +63,9 @@ def test_what_was_written_is_read(folder: Path):
     z = Noise(1).normal(4, 2, like=torch.zeros(()))
 
     digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    assert found.card == _card(weights_sha256=digest) == read_card(folder)
+    assert found.card == read_card(folder)
+    assert found.card.self_test is not None
+    assert replace(found.card, self_test=None) == _card(weights_sha256=digest)
     assert torch.equal(found.model.decoder(z), model.decoder(z))
     assert torch.equal(found.model.encoder(x)[0], model.encoder(x)[0])
     assert torch.equal(found.model.encoder(x)[1], model.encoder(x)[1])
@@ -179,6 +181,24 @@ def test_another_architecture_is_refused(folder: Path, change: dict[str, Any] | 
 
     with pytest.raises(CheckpointError, match=r"(?s)Expected .*; got"):
         read(folder)
+
+
+def test_weights_that_give_something_else_are_refused(folder: Path):
+    """They fit, and their hash is right, but this is not the model that was written."""
+    raw = json.loads((folder / "card.json").read_text(encoding="utf-8"))["architecture"]
+    _change(folder, architecture={**raw, "proposal_variance": 9.0})
+
+    with pytest.raises(CheckpointError, match=r"Expected .* nats in the self-test of tiny; got"):
+        read(folder)
+
+
+def test_a_card_of_before_there_was_a_self_test_is_read(folder: Path):
+    """Its weights are known by their hash alone."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    del card["self_test"]
+    (folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
+
+    assert read(folder).card.self_test is None
 
 
 def test_a_missing_tensor_is_refused(folder: Path):

@@ -14,7 +14,6 @@ from model.estimators import (
     QUALITIES,
     Asked,
     assess,
-    doubtful,
     estimate,
 )
 from model.latent import LatentVariableModel
@@ -299,8 +298,8 @@ def test_an_answer_is_doubtful_where_its_error_is_not_believed_or_few_particles_
         kind="lower bound",
     )
 
-    assert doubtful(whole).tolist() == [False, True, True, True]
-    assert not doubtful(replace(whole, particles=63)).any()
+    assert whole.doubtful.tolist() == [False, True, True, True]
+    assert not replace(whole, particles=63).doubtful.any()
 
 
 @pytest.mark.parametrize("quality", QUALITIES)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import PROPOSALS, blocks, finish
+from model.likelihood import BLOCK, PROPOSALS, blocks, finish
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage, Source
 from tests.conftest import (
@@ -43,6 +43,7 @@ def _impute(
     draws: int = 1,
     levels: Sequence[float] = (),
     way: str = "laplace",
+    tolerance: float | None = None,
 ) -> Completions:
     return finish(
         impute(
@@ -54,6 +55,7 @@ def _impute(
             levels=levels,
             proposal=WAYS[way].proposal,
             estimator=WAYS[way].estimator,
+            tolerance=tolerance,
         )
     )
 
@@ -169,6 +171,22 @@ def test_completions_carry_the_likelihood_of_what_was_seen():
     torch.testing.assert_close(
         found.log_likelihood.value, log_w.exp().mean(-1).log(), rtol=1e-10, atol=1e-10
     )
+
+
+def test_completions_take_no_more_particles_than_a_tolerance():
+    """They are then those of so many particles, to the bit."""
+    model, images = fixed_model(), some_incomplete(count=1)
+
+    enough = _impute(model, images, particles=100_000, draws=3, tolerance=0.02)
+    used = enough.log_likelihood.particles
+    plain = _impute(model, images, particles=used, draws=3)
+    fewer = _impute(model, images, particles=used - BLOCK).log_likelihood
+
+    assert BLOCK < used < 100_000
+    assert enough.log_likelihood.standard_error.item() <= 0.02
+    assert fewer.standard_error.item() > 0.02 or fewer.doubtful.item()
+    torch.testing.assert_close(enough.mean, plain.mean, rtol=0, atol=1e-12)
+    assert torch.equal(enough.draws, plain.draws)
 
 
 # Quantiles

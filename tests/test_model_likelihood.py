@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from model.latent import LatentVariableModel
-from model.likelihood import BLOCK, PROPOSALS, Scores, blocks, finish, score
+from model.likelihood import (
+    BLOCK,
+    CHECKED,
+    PROPOSALS,
+    Estimate,
+    Scores,
+    blocks,
+    finish,
+    score,
+)
 from model.masks import Incomplete
 from model.noise import NoisePerImage
 from model.weights import log_mean_exp
@@ -197,6 +206,54 @@ def test_what_is_not_kept_is_not_missed(particles: int):
     torch.testing.assert_close(alone.value, beside.value, rtol=0, atol=1e-12)
     assert alone.particles == beside.particles == particles
     torch.testing.assert_close(alone.pareto_k, beside.pareto_k, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("with_truth", [False, True])
+def test_no_more_particles_are_drawn_than_a_tolerance_takes(with_truth: bool):  # noqa: FBT001
+    """All errors are then below it, they were not one step before, and the truth is near.
+
+    What was found is what that number of particles finds.
+    """
+    model, images = fixed_model(), some_incomplete(count=1)
+    truth = images.values if with_truth else None
+    step = BLOCK if with_truth else CHECKED * BLOCK
+    noise = NoisePerImage.of(0, [0])
+
+    def scored(particles: int, tolerance: float | None = None) -> list[Estimate]:
+        found = finish(
+            score(
+                model,
+                images,
+                noise,
+                particles=particles,
+                proposal="own",
+                truth=truth,
+                tolerance=tolerance,
+            )
+        )
+        return [each for each in (found.log_likelihood, found.conditional) if each is not None]
+
+    enough = scored(100_000, 0.01)
+    used = enough[0].particles
+    assert step < used < 100_000
+    assert all((each.standard_error <= 0.01).all() for each in enough)
+    assert max(each.standard_error.item() for each in scored(used - step)) > 0.01
+    for stopped, plain in zip(enough, scored(used), strict=True):
+        torch.testing.assert_close(stopped.value, plain.value, rtol=0, atol=1e-12)
+    exact = Quadrature.of(model).log_likelihood(images)
+    assert abs(enough[0].value - exact).item() < 0.05
+
+
+def test_particles_are_the_most_that_a_tolerance_takes():
+    """Where they do not suffice the error says so; an error in doubt stops nothing."""
+    model, images = fixed_model(), some_incomplete(count=1)
+    noise = NoisePerImage.of(0, [0])
+    for particles, tolerance in ((500, 1e-6), (BLOCK - 1, 10.0)):
+        found = finish(
+            score(model, images, noise, particles=particles, tolerance=tolerance)
+        ).log_likelihood
+
+        assert found.particles == particles
 
 
 def test_the_bound_grows_with_the_particles():

@@ -252,6 +252,26 @@ def test_every_estimator_can_be_asked_for(client: httpx.Client, folder: Path, es
         assert result["conditional"] == plain[0]["conditional"]
 
 
+@pytest.mark.parametrize("path", ["/v1/impute", "/v1/log-likelihood"])
+@pytest.mark.parametrize("quality", ["fast", "standard"])
+def test_a_tolerance_ends_an_answer_early(client: httpx.Client, path: str, quality: str):
+    """No more particles are drawn than it takes; forms can say it too."""
+    body = {"images": [ITEM], "particles": 50_000, "seed": 3, "quality": quality}
+    (found,) = _post(client, path, **body, tolerance=0.05)["results"]
+    form = client.post(
+        path,
+        files={"image": IMAGE},
+        data={"particles": "50000", "seed": "3", "quality": quality, "tolerance": "0.05"},
+    )
+    (formed,) = form.json()["results"]
+
+    assert found["log_likelihood"]["standard_error"] <= 0.05
+    assert 0 < found["log_likelihood"]["particles"] < 50_000
+    assert found["log_likelihood"]["reliable"]
+    assert formed["log_likelihood"]["standard_error"] <= 0.05
+    assert formed["log_likelihood"]["particles"] < 50_000
+
+
 DOUBT = {"nothing is": False, "everything is": True}
 
 
@@ -262,8 +282,8 @@ def test_what_is_in_doubt_is_answered_in_high_quality(
 ):
     """Without a quality the answer is that of `standard`, or where in doubt that of `high`."""
     monkeypatch.setattr(
-        "model.estimators.doubtful",
-        lambda found: torch.full_like(found.value, DOUBT[doubt]).bool(),
+        "model.likelihood.Estimate.doubtful",
+        property(lambda found: torch.full_like(found.value, DOUBT[doubt]).bool()),
     )
     body = {"images": [ITEM, ITEM], "particles": 64, "seed": 3}
     by_itself, again = (_post(client, path, **body) for _ in range(2))
@@ -779,6 +799,15 @@ BAD: dict[str, Bad] = {
     "too many levels": _body(422, "levels", levels=[0.5] * 10),
     "a level of one": _body(422, "levels[0]", levels=[1.0]),
     "a level that is no number": _body(422, "levels[1]", levels=[0.5, "x"]),
+    "a tolerance of chains": _body(422, "tolerance", tolerance=0.1, quality="high"),
+    "a tolerance of nothing": _body(422, "tolerance", tolerance=0),
+    "a tolerance that is no number": _body(422, "tolerance", tolerance="small"),
+    "a tolerance of the jackknife": Bad(
+        422,
+        "tolerance",
+        {"json": {"images": [ITEM], "tolerance": 0.1, "estimator": "jackknife"}},
+        "/v1/log-likelihood",
+    ),
     "an estimator and a quality": Bad(
         422,
         "estimator",
@@ -979,6 +1008,57 @@ def test_the_work_of_a_client_that_left_is_dropped(
         assert httpx.post(address, json=small).status_code == 200
 
 
+def test_a_request_says_how_long_its_answer_is_of_use(client: httpx.Client):
+    """Past X-Timeout-Ms it is 504, and the service has a limit of its own."""
+    body = {"images": [ITEM], "particles": 500_000, "quality": "standard"}
+    late = client.post("/v1/impute", json=body, headers={"X-Timeout-Ms": "30"})
+    _is_problem(late, 504)
+    assert late.json()["type"].endswith(":deadline")
+    small = {"images": [ITEM], "particles": 1}
+    assert client.post("/v1/impute", json=small, headers={"X-Timeout-Ms": "60000"}).is_success
+
+
+def test_the_service_has_a_limit_of_time_of_its_own(folder: Path):
+    """Which a request cannot raise."""
+    with serving(create_app(settings_for(folder, timeout=0.03))) as url:
+        late = httpx.post(
+            f"{url}/v1/impute",
+            json={"images": [ITEM], "particles": 500_000, "quality": "standard"},
+            headers={"X-Timeout-Ms": "60000"},
+            timeout=60,
+        )
+
+    _is_problem(late, 504)
+
+
+@pytest.mark.parametrize("sent", ["0", "-5", "1.5", "soon", ""])
+def test_a_time_that_is_none_is_refused(client: httpx.Client, sent: str):
+    """The header is named."""
+    answer = client.post("/v1/impute", json={"images": [ITEM]}, headers={"X-Timeout-Ms": sent})
+
+    _is_problem(answer, 422)
+    assert "X-Timeout-Ms" in answer.json()["errors"][0]["field"]
+
+
+@pytest.mark.parametrize("path", ["impute", "log-likelihood", "samples"])
+def test_an_answer_says_what_its_time_went_into(client: httpx.Client, path: str):
+    """Milliseconds by part, in the header that browsers show."""
+    body = {"count": 2} if path == "samples" else {"images": [ITEM], "particles": 64}
+    told = client.post(f"/v1/{path}", json=body).headers["server-timing"]
+    parts = dict(part.split(";dur=") for part in told.split(", "))
+
+    assert (
+        set(parts)
+        == {
+            "impute": {"decode", "queue", "compute", "encode"},
+            "log-likelihood": {"decode", "queue", "compute"},
+            "samples": {"queue", "compute", "encode"},
+        }[path]
+    )
+    assert all(float(milliseconds) >= 0 for milliseconds in parts.values())
+    assert float(parts["compute"]) > 0
+
+
 # The description
 
 
@@ -1002,10 +1082,12 @@ def test_the_service_is_what_its_description_says(client: httpx.Client):
         )
         @given(case=operation.as_strategy())
         def holds(case: schemathesis.Case) -> None:
-            case.call_and_validate(
-                session=session,
+            answer = case.call(session=session)
+            late = answer.status_code == 504 and "X-Timeout-Ms" in (case.headers or {})
+            case.validate_response(
+                answer,
                 checks=[
-                    not_a_server_error,
+                    *([] if late else [not_a_server_error]),
                     checks.status_code_conformance,
                     checks.content_type_conformance,
                     checks.response_schema_conformance,

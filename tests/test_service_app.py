@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from model.checkpoint import CheckpointError
 from service.app import create_app
 from service.engine import Engine
+from service.models import Models
 from tests.wire import settings_for, write_checkpoint
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ def test_nothing_is_opened_before_the_start(tmp_path: Path, engines: list[Engine
     app = create_app(settings_for(tmp_path / "nowhere"))
     assert not engines
 
-    with pytest.raises(CheckpointError, match="got none"):
+    with pytest.raises(CheckpointError, match="default model tiny"):
         _get(app, "/health/live")
 
 
@@ -162,25 +163,35 @@ def test_answers_that_are_no_failures_pass(folder: Path):
     assert _get(app, "/openapi.json").json()["info"]["title"] == "miss-IWEM"
 
 
-def test_every_setting_of_the_engine_reaches_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is set is what the engine is made with."""
+def test_every_setting_reaches_its_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is set is what the engine and the models are made with."""
     given: dict[str, Any] = {}
 
-    def recorded(*arguments: Any, **options: Any) -> Engine:
-        given.update(options, folder=arguments[0])
-        return Engine(*arguments, **options)
+    def recorded(what: type) -> Callable[..., Any]:
+        def make(*arguments: Any, **options: Any) -> Any:
+            given[what.__name__] = (*arguments, options)
+            return what(*arguments, **options)
 
-    monkeypatch.setattr("service.app.Engine", recorded)
-    settings = settings_for(folder, threads=2, max_request=500, max_waiting=900)
+        return make
+
+    monkeypatch.setattr("service.app.Engine", recorded(Engine))
+    monkeypatch.setattr("service.app.Models", recorded(Models))
+    settings = settings_for(folder, threads=2, max_request=500, max_waiting=900, max_models=70_000)
     _get(create_app(settings), "/health/live")
 
     assert given == {
-        "folder": folder,
-        "device": "cpu",
-        "threads": 2,
-        "max_request": 500,
-        "max_waiting": 900,
+        "Engine": ({"threads": 2, "max_request": 500, "max_waiting": 900},),
+        "Models": (folder, {"device": "cpu", "memory": 70_000}),
     }
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path):
+    """A service whose default model is not there does not start, and says which there are."""
+    write_checkpoint(tmp_path, "other")
+    with pytest.raises(CheckpointError, match="one of other; got 'tiny'"):
+        _get(create_app(settings_for(tmp_path)), "/health/live")
+
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
 
 
 # The process

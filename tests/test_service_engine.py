@@ -2,13 +2,12 @@
 
 import asyncio
 import itertools
-import json
 import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import checkpoint
-from model.checkpoint import CheckpointError
-from model.likelihood import BLOCK
-from service.engine import (
+from service.engine import Engine
+from service.errors import BadInput, Expired, Failed, NotReady, Overloaded, TooLarge
+from service.models import Model, Models
+from service.work import (
+    BLOCK,
     PREPARATION,
-    Engine,
     Estimate,
     Imputation,
     Impute,
@@ -30,7 +29,6 @@ from service.engine import (
     Sample,
     Score,
 )
-from service.errors import BadInput, Failed, NotReady, Overloaded, TooLarge, UnknownModel
 from tests.wire import SHAPE, random_mask, write_checkpoint
 
 T = TypeVar("T")
@@ -49,17 +47,17 @@ ESTIMATE = Estimate(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model."""
     path = tmp_path_factory.mktemp("checkpoints")
     write_checkpoint(path)
-    return path
+    return Models(path, device="cpu").get("tiny")
 
 
 @pytest.fixture
-def engine(folder: Path) -> Generator[Engine]:
+def engine() -> Generator[Engine]:
     """A running engine."""
-    running = Engine(folder, device="cpu")
+    running = Engine()
     running.start()
     yield running
     running.stop(seconds=10)
@@ -71,7 +69,6 @@ class Fake:
 
     blocks: int = 1
     cost: int = 1
-    model: str = "tiny"
     failure: Exception | None = None
     gate: threading.Event | None = None
     """Is waited for in the first block."""
@@ -81,7 +78,7 @@ class Fake:
     better: "Fake | None" = None
     """What is done in place of an answer."""
 
-    def stages(self, _model: Any) -> Generator[None, None, "Fake"]:
+    def stages(self) -> Generator[None, None, "Fake"]:
         """The work."""
         self.began.set()
         if self.gate is not None:
@@ -99,8 +96,8 @@ class Fake:
         return self.better
 
 
-def _submit(engine: Engine, *jobs: Any) -> Coroutine[Any, Any, list[Any]]:
-    return engine.submit(jobs)
+async def _submit(engine: Engine, *jobs: Any, **options: Any) -> list[Any]:
+    return (await engine.submit(jobs, **options)).results
 
 
 async def _began(job: Fake) -> None:
@@ -260,12 +257,12 @@ class Story:
 
 
 @given(STEPS)
-def test_every_admitted_job_ends_in_exactly_one_way(folder: Path, steps: Sequence[Step]):
+def test_every_admitted_job_ends_in_exactly_one_way(steps: Sequence[Step]):
     """However submitting, leaving, failing and stopping interleave.
 
     Each request ends in its results, one problem, or as cancelled, and nothing is left behind.
     """
-    story = Story(Engine(folder, device="cpu", max_waiting=30))
+    story = Story(Engine(max_waiting=30))
     story.engine.start()
     _run(lambda: story.tell(steps))
     story.engine.stop(seconds=30)
@@ -280,12 +277,183 @@ def test_every_admitted_job_ends_in_exactly_one_way(folder: Path, steps: Sequenc
             assert all(fake.done == fake.blocks and not fake.failure for fake in fakes)
 
 
+# Classes, deadlines and memory
+
+
+def test_the_background_is_worked_on_where_there_is_nothing_else_to_do(engine: Engine):
+    """A request that came later ends first, and what was in the background ends after it."""
+    ended: list[str] = []
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = Fake(blocks=1000, gate=gate, at_end=lambda: ended.append("background"))
+        second = Fake(blocks=500, at_end=lambda: ended.append("request"))
+        later = asyncio.create_task(_submit(engine, first, background=True))
+        await _began(first)
+        sooner = asyncio.create_task(_submit(engine, second))
+        await _until(lambda: engine.waiting == 2)
+        gate.set()
+        await asyncio.gather(later, sooner)
+
+    _run(scenario)
+    assert ended == ["request", "background"]
+    assert engine.waiting == 0
+
+
+def test_work_in_the_background_takes_turns(engine: Engine):
+    """Of two jobs there the shorter ends first, though it came later."""
+    ended: list[int] = []
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        jobs = [
+            Fake(blocks=n, gate=gate, at_end=lambda n=n: ended.append(n)) for n in (1000, 10, 1)
+        ]
+        tasks = [asyncio.create_task(_submit(engine, job, background=True)) for job in jobs]
+        await _began(jobs[0])
+        await _until(lambda: engine.waiting == 3)
+        gate.set()
+        await asyncio.gather(*tasks)
+
+    _run(scenario)
+    assert ended == [1, 10, 1000]
+
+
+def test_the_background_is_not_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """What has waited there for long has its turn beside requests that do not end."""
+    monkeypatch.setattr("service.engine.PATIENCE", -1.0)
+
+    async def scenario() -> None:
+        endless = Fake(blocks=10**12)
+        request = asyncio.create_task(_submit(engine, endless))
+        await _began(endless)
+        await _submit(engine, Fake(blocks=5), background=True)
+        request.cancel()
+
+    _run(scenario)
+
+
+def test_what_fills_the_background_refuses_no_request():
+    """Each has a queue of its own."""
+    engine = Engine(max_waiting=10)
+    engine.start()
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = Fake(cost=10, gate=gate)
+        work = asyncio.create_task(_submit(engine, first, background=True))
+        await _began(first)
+        with pytest.raises(Overloaded):
+            await _submit(engine, Fake(), background=True)
+        request = asyncio.create_task(_submit(engine, Fake(cost=10)))
+        await _until(lambda: engine.waiting == 20)
+        gate.set()
+        await asyncio.gather(work, request)
+
+    _run(scenario)
+    engine.stop(seconds=10)
+
+
+def test_an_answer_that_is_too_late_is_none(engine: Engine):
+    """It is said whether the work was begun; nothing of it stays, and the next is done."""
+
+    async def scenario() -> list[str]:
+        endless = Fake(blocks=10**12)
+        told: list[str] = []
+        with pytest.raises(Expired) as late:
+            await _submit(engine, endless, seconds=0.05)
+        told.append(str(late.value))
+        gate = threading.Event()
+        running = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, running))
+        await _began(running)
+        queued = Fake()
+        waiting = asyncio.create_task(_submit(engine, queued, seconds=0.0))
+        await _until(lambda: engine.waiting == 2)
+        gate.set()
+        with pytest.raises(Expired) as late:
+            await waiting
+        assert not queued.began.is_set()
+        await request
+        return [*told, str(late.value)]
+
+    begun, queued = _run(scenario)
+    assert "while it was worked on" in begun
+    assert "before it was begun" in queued
+    assert engine.waiting == 0
+
+
+@dataclass
+class Hungry(Fake):
+    """A job for which there is no memory the first few times that it is begun."""
+
+    refusals: int = 1
+
+    def stages(self) -> Generator[None, None, Fake]:
+        """The work, or an error of the device."""
+        yield
+        if self.refusals:
+            self.refusals -= 1
+            raise torch.OutOfMemoryError
+        return (yield from super().stages())
+
+
+def test_what_there_is_no_memory_for_is_begun_again_with_fewer_beside_it(engine: Engine):
+    """All are answered, and those that were put off give what they would have given."""
+
+    async def scenario() -> tuple[list[Any], list[Fake]]:
+        gate = threading.Event()
+        first = Fake(blocks=3, gate=gate)
+        others = [Fake(blocks=40) for _ in range(4)]
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        jobs = [*others, Hungry(blocks=2)]
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        await _until(lambda: engine.waiting == 6)
+        gate.set()
+        return await asyncio.gather(request, *tasks), [first, *jobs]
+
+    done, jobs = _run(scenario)
+    assert done == [[job] for job in jobs]
+    assert engine.waiting == 0
+
+
+def test_what_there_is_no_memory_for_twice_fails_alone(engine: Engine):
+    """It says so, and the engine goes on."""
+
+    async def scenario() -> list[Any]:
+        long = Fake(blocks=50)
+        request = asyncio.create_task(_submit(engine, long))
+        with pytest.raises(Failed, match="no memory"):
+            await _submit(engine, Hungry(refusals=2))
+        return await request
+
+    (long,) = _run(scenario)
+    assert long.done >= 50
+    assert engine.waiting == 0
+
+
+def test_the_time_of_a_request_is_told(engine: Engine):
+    """What the device spent on it, and what it waited, are together no more than it took."""
+
+    async def scenario() -> tuple[float, float, float]:
+        started = time.monotonic()
+        jobs: list[Any] = [Fake(blocks=100), Fake(blocks=100)]
+        answers = await engine.submit(jobs)
+        return answers.worked, answers.waited, time.monotonic() - started
+
+    worked, waited, taken = _run(scenario)
+    assert worked > 0
+    assert waited >= 0
+    assert worked + waited <= taken
+
+
 # Admission
 
 
-def test_more_than_may_wait_is_refused_until_there_is_room(folder: Path):
+def test_more_than_may_wait_is_refused_until_there_is_room():
     """Past the limit a request is told when to come back, and then it is admitted."""
-    engine = Engine(folder, device="cpu", max_waiting=100)
+    engine = Engine(max_waiting=100)
     engine.start()
 
     async def scenario() -> Overloaded:
@@ -309,9 +477,9 @@ def test_more_than_may_wait_is_refused_until_there_is_room(folder: Path):
     assert "101" in refusal.detail
 
 
-def test_an_idle_engine_admits_what_a_request_may_bring(folder: Path):
+def test_an_idle_engine_admits_what_a_request_may_bring():
     """A request below its own limit is never refused for ever."""
-    engine = Engine(folder, device="cpu", max_waiting=10, max_request=50)
+    engine = Engine(max_waiting=10, max_request=50)
     engine.start()
 
     assert len(_run(lambda: _submit(engine, Fake(cost=50)))) == 1
@@ -321,22 +489,22 @@ def test_an_idle_engine_admits_what_a_request_may_bring(folder: Path):
     assert engine.waiting == 0
 
 
-def _cost_and_rows(folder: Path, job: Impute | Score) -> tuple[int, int]:
-    model = checkpoint.read(folder / "tiny").model
+def _cost_and_rows(job: Impute | Score) -> tuple[int, int]:
     rows: list[int] = []
-    model.decoder.register_forward_hook(
+    hook = job.model.network.decoder.register_forward_hook(
         lambda _module, inputs, _output: rows.append(math.prod(inputs[0].shape[:-1]))
     )
     with torch.inference_mode():
-        for _ in job.stages(model):
+        for _ in job.stages():
             pass
+    hook.remove()
     return job.cost, sum(rows)
 
 
 @pytest.mark.parametrize("truth", [None, BLANK])
 @pytest.mark.parametrize("particles", [1, 64, 65, 1000])
 def test_a_job_costs_the_rows_that_the_decoder_sees(
-    folder: Path, particles: int, truth: np.ndarray | None
+    model: Model, particles: int, truth: np.ndarray | None
 ):
     """Admission counts the work itself, so that many small requests are not free.
 
@@ -344,25 +512,25 @@ def test_a_job_costs_the_rows_that_the_decoder_sees(
     """
     missing = random_mask()
     impute = Impute(
-        model="tiny", values=BLANK, missing=missing, particles=particles, draws=3, seed=0
+        model=model, values=BLANK, missing=missing, particles=particles, draws=3, seed=0
     )
     score = Score(
-        model="tiny", values=BLANK, missing=missing, truth=truth, particles=particles, seed=0
+        model=model, values=BLANK, missing=missing, truth=truth, particles=particles, seed=0
     )
     block = BLOCK * math.ceil(particles / BLOCK)
     looks = 2 if truth is not None else 1
 
     for job, blocks, proposals in ((impute, block + 3, 1), (score, looks * block, looks)):
-        cost, rows = _cost_and_rows(folder, job)
+        cost, rows = _cost_and_rows(job)
         assert cost == blocks + proposals * PREPARATION * BLOCK
         assert blocks < rows <= cost
 
 
 @pytest.mark.parametrize("quality", ["fast", "high"])
-def test_a_job_of_another_quality_costs_no_more_than_it_says(folder: Path, quality: Quality):
+def test_a_job_of_another_quality_costs_no_more_than_it_says(model: Model, quality: Quality):
     """A gradient is three rows, and the chains' are most of the cost of high quality."""
     job = Impute(
-        model="tiny",
+        model=model,
         values=BLANK,
         missing=random_mask(),
         particles=64,
@@ -371,14 +539,14 @@ def test_a_job_of_another_quality_costs_no_more_than_it_says(folder: Path, quali
         seed=0,
         quality=quality,
     )
-    cost, rows = _cost_and_rows(folder, job)
+    cost, rows = _cost_and_rows(job)
 
     assert cost / 4 < rows <= cost
 
 
-def test_a_sample_costs_its_images(engine: Engine):
+def test_a_sample_costs_its_images(engine: Engine, model: Model):
     """Images are drawn one at a time, each with a seed of its own."""
-    job = Sample(model="tiny", count=5, seed=1)
+    job = Sample(model=model, count=5, seed=1)
     (drawn,) = _run(lambda: _submit(engine, job))
 
     assert job.cost == 5
@@ -411,10 +579,20 @@ def test_better_work_that_fails_is_a_failure(engine: Engine):
     assert engine.waiting == 0
 
 
+def test_better_work_that_no_request_may_bring_is_not_begun():
+    """The answer is then the one that is in doubt, and it says what it is."""
+    engine = Engine(max_request=49)
+    engine.start()
+    quick = Fake(cost=3, better=Fake(cost=50))
+
+    assert _run(lambda: _submit(engine, quick)) == [quick]
+    engine.stop(seconds=10)
+
+
 @pytest.mark.parametrize("doubtful", [True, False])
-def test_high_quality_comes_in_place_of_doubt(doubtful: bool):  # noqa: FBT001
+def test_high_quality_comes_in_place_of_doubt(model: Model, doubtful: bool):  # noqa: FBT001
     """A job that escalates is done again in high quality where its result is in doubt, once."""
-    job = Impute(model="tiny", values=BLANK, missing=random_mask(), particles=64, draws=1, seed=4)
+    job = Impute(model=model, values=BLANK, missing=random_mask(), particles=64, draws=1, seed=4)
     result = Imputation(BLANK, BLANK, BLANK, BLANK, ESTIMATE, doubtful, "standard")
 
     assert job.instead(result) is None
@@ -425,9 +603,9 @@ def test_high_quality_comes_in_place_of_doubt(doubtful: bool):  # noqa: FBT001
 # Start and stop
 
 
-def test_nothing_is_admitted_before_the_start_or_after_the_stop(folder: Path):
+def test_nothing_is_admitted_before_the_start_or_after_the_stop():
     """Both are told as not ready, with a time to come back."""
-    engine = Engine(folder, device="cpu")
+    engine = Engine()
     assert not engine.ready
     with pytest.raises(NotReady) as refusal:
         _run(lambda: _submit(engine, Fake()))
@@ -442,14 +620,14 @@ def test_nothing_is_admitted_before_the_start_or_after_the_stop(folder: Path):
         _run(lambda: _submit(engine, Fake()))
 
 
-def test_an_engine_that_never_started_can_be_stopped(folder: Path):
+def test_an_engine_that_never_started_can_be_stopped():
     """Which is what happens when the start fails."""
-    Engine(folder, device="cpu").stop(seconds=1)
+    Engine().stop(seconds=1)
 
 
-def test_stopping_finishes_what_was_admitted(folder: Path):
+def test_stopping_finishes_what_was_admitted():
     """Running and queued jobs get their results; later ones are refused."""
-    engine = Engine(folder, device="cpu")
+    engine = Engine()
     engine.start()
 
     async def scenario() -> list[Any]:
@@ -469,9 +647,9 @@ def test_stopping_finishes_what_was_admitted(folder: Path):
     assert (running.done, queued.done) == (20, 30)
 
 
-def test_stopping_does_not_wait_for_ever(folder: Path):
+def test_stopping_does_not_wait_for_ever():
     """What is not finished in time is refused, not left without an answer."""
-    engine = Engine(folder, device="cpu")
+    engine = Engine()
     engine.start()
 
     async def scenario() -> None:
@@ -486,10 +664,10 @@ def test_stopping_does_not_wait_for_ever(folder: Path):
     assert engine.waiting == 0
 
 
-def test_no_job_is_lost_between_admission_and_the_stop(folder: Path):
+def test_no_job_is_lost_between_admission_and_the_stop():
     """Submitting from many loops while the engine stops: each is answered or refused."""
     for _ in range(20):
-        engine = Engine(folder, device="cpu")
+        engine = Engine()
         engine.start()
         start = threading.Barrier(5)
 
@@ -510,9 +688,9 @@ def test_no_job_is_lost_between_admission_and_the_stop(folder: Path):
         assert engine.waiting == 0
 
 
-def test_the_end_does_not_overtake_an_admission(folder: Path):
+def test_the_end_does_not_overtake_an_admission():
     """Where the stop comes in the middle of an admission, what is admitted is still done."""
-    engine = Engine(folder, device="cpu")
+    engine = Engine()
     inbox = engine._inbox  # pyright: ignore[reportPrivateUsage]
     stop = threading.Thread(target=engine.stop, kwargs={"seconds": 30})
 
@@ -566,71 +744,3 @@ def test_an_engine_that_was_idle_for_long_is_not_stuck(engine: Engine):
         await request
 
     _run(scenario)
-
-
-# Models
-
-
-def test_a_folder_without_checkpoints_is_refused(tmp_path: Path):
-    """There would be nothing to serve."""
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match="got none"):
-            Engine(folder, device="cpu").start()
-
-
-def test_a_damaged_checkpoint_is_refused_at_the_start(tmp_path: Path):
-    """Weights that are not the card's are never served."""
-    write_checkpoint(tmp_path)
-    (tmp_path / "tiny" / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="sha256"):
-        Engine(tmp_path, device="cpu").start()
-
-
-@pytest.mark.parametrize("name", ["none", "", ".", "..", "../tiny", "tiny/../tiny", "/tiny", "\0"])
-def test_a_name_is_no_path(engine: Engine, name: str):
-    """Only the names of folders are models."""
-    with pytest.raises(UnknownModel, match="one of tiny"):
-        engine.card(name)
-
-
-def test_hidden_folders_are_no_models(folder: Path, engine: Engine):
-    """A checkpoint that is being written is not seen before it is whole."""
-    write_checkpoint(folder, ".tiny-fresh")
-    assert list(engine.cards()) == ["tiny"]
-
-
-def test_a_damaged_checkpoint_that_appears_harms_no_other(tmp_path: Path):
-    """It is left out of the list; who asks for it is told what is wrong."""
-    write_checkpoint(tmp_path)
-    engine = Engine(tmp_path, device="cpu")
-    engine.start()
-    write_checkpoint(tmp_path, "broken")
-    card = json.loads((tmp_path / "broken" / "card.json").read_text())
-    (tmp_path / "broken" / "card.json").write_text(json.dumps({**card, "format_version": 99}))
-
-    assert list(engine.cards()) == ["tiny"]
-    with pytest.raises(Failed, match="format 99"):
-        engine.card("broken")
-    engine.stop(seconds=10)
-
-
-def test_a_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """However many ask for a new one at the same time."""
-    write_checkpoint(tmp_path)
-    engine = Engine(tmp_path, device="cpu")
-    engine.start()
-    write_checkpoint(tmp_path, "late")
-    names: list[str] = []
-    read = checkpoint.read
-
-    def counted(folder: Path, **options: Any) -> checkpoint.Checkpoint:
-        names.append(folder.name)
-        return read(folder, **options)
-
-    monkeypatch.setattr("model.checkpoint.read", counted)
-    with ThreadPoolExecutor(8) as pool:
-        cards = list(pool.map(engine.card, ["late"] * 16))
-    engine.stop(seconds=10)
-
-    assert names == ["late"]
-    assert {card.name for card in cards} == {"late"}

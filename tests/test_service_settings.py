@@ -19,6 +19,8 @@ OTHERS: dict[str, Any] = {
     "max_body": 1000,
     "max_request": 2000,
     "max_waiting": 3000,
+    "max_models": 4000,
+    "timeout": 2.5,
     "drain": 1.5,
 }
 
@@ -60,6 +62,8 @@ def test_a_setting_comes_from_the_environment(name: str, monkeypatch: pytest.Mon
         ("max_body", "0"),
         ("max_request", "many"),
         ("max_waiting", "-5"),
+        ("max_models", "none"),
+        ("timeout", "-1"),
         ("drain", "0"),
         ("device", "gpu"),
         ("device", "cuda:"),
