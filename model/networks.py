@@ -64,7 +64,8 @@ class MlpDecoder(nn.Module):
     def pack(self) -> None:
         """Lays the weights out for a CPU's multiplications, which take tanh along.
 
-        They must not be changed after it.
+        They must not be changed after it. They are used in inference mode alone, where there are
+        no derivatives: these multiplications have none, and forward ones would come out as zero.
         """
         weights = [layer.weight for layer in self.layers if isinstance(layer, nn.Linear)]
         here = torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_linear_pointwise")
@@ -78,7 +79,7 @@ class MlpDecoder(nn.Module):
         rows = latents.flatten(0, -2)
         if torch.is_grad_enabled():
             planes = self.layers(rows)
-        elif self.packed is not None:
+        elif self.packed is not None and torch.is_inference_mode_enabled():
             planes = _packed(self.layers, self.packed, rows)
         else:
             planes = _in_place(self.layers, rows)

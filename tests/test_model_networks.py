@@ -57,14 +57,14 @@ def test_a_frozen_decoder_gives_what_it_gave(name: str, shape: ImageShape):
     architecture = Architecture(image_shape=shape, decoder=name, hidden=(30, 20))
     model = architecture.build(Noise(0))
     latents = Noise(1).normal(50, 64, 40, like=LIKE)
-    with torch.no_grad():
+    with torch.inference_mode():
         before = model.decode(latents)
         after = model.frozen().decode(latents)
 
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_a_particle_is_decoded_by_a_frozen_model_alone_as_it_is_among_others():
     """The bits of a block of 64 particles are the same in a batch of any size."""
     model = Architecture().build(Noise(0)).frozen()
@@ -84,6 +84,24 @@ def test_a_frozen_model_of_another_precision_is_not_packed():
     (slope,) = torch.autograd.grad(model.decode(latents).sum(), latents)
 
     assert slope.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_frozen_decoder_has_its_derivatives(name: str):
+    """Forward ones too, without gradients, which are what the modes are climbed to by."""
+    model = Architecture(image_shape=(1, 5, 4), decoder=name, hidden=(30, 20)).build(Noise(0))
+    latents = Noise(1).normal(3, 40, like=LIKE)
+
+    def decoded(one: Tensor) -> Tensor:
+        return model.decode(one[None])[0]
+
+    with torch.no_grad():
+        before = torch.func.vmap(torch.func.jacfwd(decoded))(latents)
+        model.frozen()
+        after = torch.func.vmap(torch.func.jacfwd(decoded))(latents)
+
+    assert before.abs().sum() > 0
+    torch.testing.assert_close(after, before)
 
 
 def test_no_weight_of_a_frozen_model_has_a_gradient():
