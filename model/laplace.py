@@ -13,8 +13,6 @@ The latents are those independent N(0, 1) numbers that the prior makes its laten
 models of two stochastic layers are no exception.
 """
 
-import threading
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,8 +28,6 @@ RATES = (1.0, 0.5, 0.25, 0.1, 0.0)
 """Parts of a step that are tried; that of the highest p(x_o, z) is taken."""
 WIDER = 1.1
 """A factor of the standard deviations: a proposal may be too wide, but not too narrow."""
-ONE_AT_A_TIME = threading.Lock()
-"""PyTorch counts the levels of forward derivatives for all threads together."""
 
 
 @torch.no_grad()
@@ -42,16 +38,15 @@ def laplace(
 
     Where nothing was observed it is N(0, I).
     """
-    with torch.inference_mode(mode=False):  # which has no derivatives, not even forward ones
-        images, z = images.copy(), starts.clone()
-        for _ in range(steps):
-            precision, gradient = _curvature(model, images, z)
-            step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
-            z = _climbed(model, images, z, step[..., 0])
-        precision, _ = _curvature(model, images, z)
-        found = CorrelatedMixture.of_precision(z, precision)
-        seen = images.observed.flatten(1).any(1)[:, None, None, None]
-        return CorrelatedMixture(z, torch.where(seen, WIDER, 1.0) * found.factor)
+    z = starts
+    for _ in range(steps):
+        precision, gradient = _curvature(model, images, z)
+        step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
+        z = _climbed(model, images, z, step[..., 0])
+    precision, _ = _curvature(model, images, z)
+    found = CorrelatedMixture.of_precision(z, precision)
+    seen = images.observed.flatten(1).any(1)[:, None, None, None]
+    return CorrelatedMixture(z, torch.where(seen, WIDER, 1.0) * found.factor)
 
 
 def _climbed(model: LatentVariableModel, images: Incomplete, z: Latents, step: Latents) -> Latents:
@@ -68,16 +63,10 @@ def _curvature(
     model: LatentVariableModel, images: Incomplete, z: Latents
 ) -> tuple[Float[Tensor, "batch starts latent latent"], Latents]:
     """H, and the gradient of log p(x_o, z)."""
-
-    def decoded(one: Float[Tensor, " latent"]) -> Float[Tensor, " pixels"]:
-        return model.decode(model.prior.from_standard(one[None]))[0].flatten()
-
-    with ONE_AT_A_TIME:
-        jacobian = torch.func.vmap(torch.func.jacfwd(decoded))(z.flatten(0, 1))
-    jacobian = jacobian.unflatten(0, z.shape[:2])
+    tangents = model.tangents(z)
     parameters = model.decode(model.prior.from_standard(z))
     slope = model.likelihood.slope(parameters, images).flatten(2)
     curvature = model.likelihood.curvature(parameters, images).flatten(2)
     identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    precision = identity + jacobian.mT @ (curvature[..., None] * jacobian)
-    return precision, (slope[:, :, None] @ jacobian)[:, :, 0] - z
+    precision = identity + (tangents * curvature[..., None, :]) @ tangents.mT
+    return precision, (tangents @ slope[..., None])[..., 0] - z

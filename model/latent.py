@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -319,6 +320,23 @@ class LatentVariableModel(nn.Module):
         log_prior = self.prior.log_density(latents)
         return Particles(latents, density, log_prior, proposal, logits)
 
+    def tangents(self, standard: Latents) -> Float[Tensor, "batch particles latents pixels"]:
+        """The derivatives of the decoder's output in the numbers that the prior makes latents of.
+
+        They have no gradient of their own.
+        """
+        rows, decoder = standard.flatten(0, 1), self.decoder
+        with torch.no_grad():
+            if not isinstance(decoder, MlpDecoder | LinearDecoder):
+                found = _derivatives(lambda u: self.decode(self.prior.from_standard(u)), rows)
+            else:
+                latents = self.prior.from_standard(rows)
+                found = decoder.tangents(latents[..., : self.architecture.latent])
+                if self.architecture.upper:
+                    between = _derivatives(self.prior.from_standard, rows)
+                    found = between[..., : self.architecture.latent] @ found
+        return found.unflatten(0, standard.shape[:2])
+
     def standard_log_joint(self, images: Incomplete, standard: Latents) -> PerParticle:
         """Log p(x_o | z) + log N(u; 0, I) of the numbers u that the prior makes latents of."""
         decoded = self.decode(self.prior.from_standard(standard))
@@ -349,3 +367,19 @@ class LatentVariableModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+ONE_AT_A_TIME = threading.Lock()
+"""PyTorch counts the levels of forward derivatives for all threads together."""
+
+
+def _derivatives(
+    of: Callable[[Tensor], Tensor], rows: Float[Tensor, "rows inputs"]
+) -> Float[Tensor, "rows inputs outputs"]:
+    """Of a function of rows, each by itself."""
+
+    def one(row: Tensor) -> Tensor:
+        return of(row[None])[0].flatten()
+
+    with ONE_AT_A_TIME, torch.inference_mode(mode=False):  # which has not even forward ones
+        return torch.func.vmap(torch.func.jacfwd(one))(rows.clone()).mT

@@ -85,6 +85,12 @@ class MlpDecoder(nn.Module):
             planes = _in_place(self.layers, rows)
         return planes.unflatten(0, latents.shape[:-1]).unflatten(-1, self.image_shape)
 
+    def tangents(
+        self, latents: Float[Tensor, "rows latent"]
+    ) -> Float[Tensor, "rows latent pixels"]:
+        """The derivatives of every parameter in every latent, by the chain rule layer by layer."""
+        return _tangents(self.layers, latents)
+
 
 class LinearDecoder(nn.Module):
     """An affine map from latents to the parameters of every pixel."""
@@ -102,6 +108,12 @@ class LinearDecoder(nn.Module):
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
         return self.layers(latents).unflatten(-1, self.image_shape)
+
+    def tangents(
+        self, latents: Float[Tensor, "rows latent"]
+    ) -> Float[Tensor, "rows latent pixels"]:
+        """The derivatives of every parameter in every latent, which are the same everywhere."""
+        return _tangents(self.layers, latents)
 
     @property
     def layer(self) -> nn.Linear:
@@ -238,6 +250,18 @@ def _packed(
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         rows = ONEDNN._linear_pointwise(rows, weight, bias, activation, [], "none")
     return rows
+
+
+def _tangents(layers: nn.Sequential, rows: Float[Tensor, "rows inputs"]) -> Tensor:
+    tangents = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    tangents = tangents.expand(len(rows), -1, -1)
+    for layer in layers:
+        rows = layer(rows)
+        if isinstance(layer, nn.Linear):
+            tangents = tangents @ layer.weight.T
+        else:
+            tangents = tangents * (1 - rows.square())[:, None]
+    return tangents
 
 
 def _mlp(widths: Sequence[int], generator: Generator) -> nn.Sequential:
