@@ -322,6 +322,7 @@ def _jackknife(order: int) -> Estimator:
             particles=total,
             proposal=asked.proposal,
             at_once=AT_ONCE,
+            keep=False,
         ):
             sums = sums.update(block.log_weights)
             by_block.append(block.log_weights.double().unflatten(-1, (-1, BLOCK)).logsumexp(-1))

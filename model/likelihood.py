@@ -60,14 +60,14 @@ __all__ = [
 ]
 
 BLOCK = 64
-"""Particles that are drawn and decoded at once. Every block is whole, whatever is asked for, so
-that the same particle has the same bits in every request."""
+"""Particles that are drawn together. Every block is whole, whatever is asked for, so that the
+same particle has the same bits in every request."""
 FEWEST_EFFECTIVE = 10
 """Particles that must count before an answer is trusted: draws are taken from among them."""
 AT_ONCE = 16
 """Blocks that are worked on together where only their weights are looked at."""
-CHECKED = 4
-"""The same where it is looked at whether they are enough."""
+KEPT = 4
+"""The same where the decoder's output is kept, or it is looked at whether they are enough."""
 
 T = TypeVar("T")
 Stages = Generator[None, None, T]
@@ -244,14 +244,15 @@ def blocks(
     *,
     particles: int,
     proposal: str | Proposal = "laplace",
-    at_once: int = 0,
+    at_once: int = KEPT,
+    keep: bool = True,
 ) -> Iterator[Block]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
-    Some blocks may be worked on together, but then the decoder's output is not kept.
+    Several blocks are worked on together, and are given out as one.
     """
     distribution = proposed(model, images, noise.at("proposal"), proposal)
-    count, keep, at_once = math.ceil(particles / BLOCK), not at_once, at_once or 1
+    count = math.ceil(particles / BLOCK)
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
@@ -278,9 +279,15 @@ def score(
     """
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
-    at_once = 0 if truth is not None else AT_ONCE if tolerance is None else CHECKED
+    keep = truth is not None
     for block in blocks(
-        model, images, noise, particles=particles, proposal=proposal, at_once=at_once
+        model,
+        images,
+        noise,
+        particles=particles,
+        proposal=proposal,
+        at_once=KEPT if keep or tolerance is not None else AT_ONCE,
+        keep=keep,
     ):
         log_w = block.log_weights
         sums = sums.update(log_w)

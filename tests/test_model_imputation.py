@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import BLOCK, PROPOSALS, blocks, finish
+from model.likelihood import BLOCK, KEPT, PROPOSALS, blocks, finish
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage, Source
 from tests.conftest import (
@@ -180,9 +180,9 @@ def test_completions_take_no_more_particles_than_a_tolerance():
     enough = _impute(model, images, particles=100_000, draws=3, tolerance=0.02)
     used = enough.log_likelihood.particles
     plain = _impute(model, images, particles=used, draws=3)
-    fewer = _impute(model, images, particles=used - BLOCK).log_likelihood
+    fewer = _impute(model, images, particles=used - KEPT * BLOCK).log_likelihood
 
-    assert BLOCK < used < 100_000
+    assert KEPT * BLOCK < used < 100_000
     assert enough.log_likelihood.standard_error.item() <= 0.02
     assert fewer.standard_error.item() > 0.02 or fewer.doubtful.item()
     torch.testing.assert_close(enough.mean, plain.mean, rtol=0, atol=1e-12)

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.latent import LatentVariableModel
 from model.likelihood import (
     BLOCK,
-    CHECKED,
+    KEPT,
     PROPOSALS,
     Estimate,
     Scores,
@@ -216,7 +216,7 @@ def test_no_more_particles_are_drawn_than_a_tolerance_takes(with_truth: bool):  
     """
     model, images = fixed_model(), some_incomplete(count=1)
     truth = images.values if with_truth else None
-    step = BLOCK if with_truth else CHECKED * BLOCK
+    step = KEPT * BLOCK
     noise = NoisePerImage.of(0, [0])
 
     def scored(particles: int, tolerance: float | None = None) -> list[Estimate]:
