@@ -1,0 +1,444 @@
+"""What the service adds to its model, beside other ways to serve the same weights.
+
+    python benchmarks/serving.py [checkpoints/static-mnist-miss-iwem] [--quality standard]
+        [--particles 64 1000] [--connections 1 8 64] [--seconds 4] [--rounds 5]
+
+Four sides complete images with holes, one image a request, with the same weights and options:
+
+- `bare`: the library in a loop, without HTTP: the limit;
+- `service`: this service;
+- `inline`: a plain FastAPI endpoint that calls the library where it stands;
+- `litserve`: LitServe, which collects up to 16 requests and calls the library with all of them.
+
+Every side has one thread for the model and the same processor for all its processes; the requests
+come from another processor. The sides take turns, the others stand still meanwhile, and medians
+over the rounds are given. Connections ask again as soon as they have their answer; then, in an
+open loop, requests come by chance at 0.7 of the service's rate, whether answers come or not.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import litserve
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from model import checkpoint
+from model.estimators import QUALITIES
+from model.imputation import Completions, impute
+from model.likelihood import finish
+from model.masks import Incomplete, mechanism
+from model.noise import Noise, NoisePerImage
+from service import codec
+
+SERVER, CLIENT = 0, 1
+"""The processors of the sides and of the requests."""
+PICTURES, TOGETHER = 64, 16
+LIMIT = 60.0
+
+
+def main() -> None:
+    """Measures and prints, or is one of the sides."""
+    options = argparse.ArgumentParser()
+    options.add_argument(
+        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
+    )
+    options.add_argument("--quality", default="standard", choices=QUALITIES)
+    options.add_argument("--particles", type=int, nargs="+", default=[64, 1000])
+    options.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
+    options.add_argument("--seconds", type=float, default=4.0)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--side", choices=[*SERVERS, "bare"])
+    options.add_argument("--port", type=int)
+    said = options.parse_args()
+    if said.side is None:
+        _compare(said)
+        return
+    os.sched_setaffinity(0, {SERVER})
+    torch.set_num_threads(1)
+    if said.side == "bare":
+        _bare(said.checkpoint)
+    else:
+        SERVERS[said.side](said.checkpoint, said.port)
+
+
+# The sides
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of any of the servers."""
+
+    incomplete: Incomplete
+    particles: int
+    quality: str
+    seed: int
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> "Asked":
+        """The request that a body is."""
+        (item,) = body["images"]
+        picture = codec.read_picture(item["image"], item["mask"], (1, 28, 28), field="image")
+        values = torch.from_numpy(picture.values > 0.5).float()[None]  # noqa: PLR2004
+        observed = torch.from_numpy(~picture.missing).expand(values.shape)
+        hidden = Incomplete.hide(values, observed)
+        return cls(hidden, body["particles"], body["quality"], body["seed"])
+
+
+class Library:
+    """The weights, and what is done with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = checkpoint.read(folder).model
+
+    def complete(self, asked: Sequence[Asked]) -> Completions:
+        """The completions of requests that differ in their images and seeds alone."""
+        images = Incomplete(
+            torch.cat([each.incomplete.values for each in asked]),
+            torch.cat([each.incomplete.observed for each in asked]),
+        )
+        noise = NoisePerImage(tuple(Noise(each.seed) for each in asked))
+        with torch.inference_mode():
+            return finish(
+                impute(
+                    self.model,
+                    images,
+                    noise,
+                    particles=asked[0].particles,
+                    proposal=QUALITIES[asked[0].quality].proposal,
+                )
+            )
+
+
+def _answer(done: Completions, index: int) -> dict[str, Any]:
+    arrays = {"mean": done.mean, "draw": done.draws[:, 0], "std": done.std}
+    return {
+        "log_likelihood": done.log_likelihood.value[index].item(),
+        **{name: codec.encode(each[index].numpy(), "png") for name, each in arrays.items()},
+    }
+
+
+def _bare(folder: Path) -> None:
+    """Is told particles, quality and seconds, a line at a time, and tells images a second."""
+    library = Library(folder)
+    for line in sys.stdin:
+        particles, quality, seconds = json.loads(line)
+        asked = [Asked.of(body) for body in _bodies(particles, quality)]
+        done, started = 0, time.perf_counter()
+        times: list[float] = []
+        while time.perf_counter() - started < seconds:
+            begun = time.perf_counter()
+            library.complete(asked[done % PICTURES : done % PICTURES + 1])
+            times.append(time.perf_counter() - begun)
+            done += 1
+        print(json.dumps([done / (time.perf_counter() - started), times]), flush=True)
+
+
+def _service(folder: Path, port: int) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1"]
+    environment = {
+        **os.environ,
+        "MISS_IWEM_CHECKPOINTS": str(folder.parent),
+        "MISS_IWEM_MODEL": folder.name,
+    }
+    os.execve(sys.executable, command, environment)
+
+
+def _inline(folder: Path, port: int) -> None:
+    app, library = FastAPI(), Library(folder)
+
+    @app.post("/v1/impute")
+    async def complete(request: Request) -> dict[str, Any]:
+        return _answer(library.complete([Asked.of(await request.json())]), 0)
+
+    @app.get("/health/ready")
+    async def ready() -> str:
+        return "ok"
+
+    uvicorn.run(app, port=port, log_level="error")
+
+
+class Collecting(litserve.LitAPI):
+    """What LitServe is told of the library."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(max_batch_size=TOGETHER, batch_timeout=0.005, api_path="/v1/impute")
+        self.folder = folder
+
+    def setup(self, device: str) -> None:
+        """Reads the weights in the process that works."""
+        del device
+        torch.set_num_threads(1)
+        self.library = Library(self.folder)
+
+    def decode_request(self, request: dict[str, Any], **_: Any) -> Asked:
+        """A request."""
+        return Asked.of(request)
+
+    def batch(self, inputs: list[Asked]) -> list[Asked]:
+        """Requests as they are."""
+        return inputs
+
+    def predict(self, x: list[Asked], **_: Any) -> list[dict[str, Any]]:
+        """The answers of all."""
+        done = self.library.complete(x)
+        return [_answer(done, index) for index in range(len(x))]
+
+    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answers as they are."""
+        return output
+
+    def encode_response(self, output: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """An answer as it is."""
+        return output
+
+
+def _litserve(folder: Path, port: int) -> None:
+    server = litserve.LitServer(
+        Collecting(folder), accelerator="cpu", healthcheck_path="/health/ready", timeout=False
+    )
+    server.run(port=port, log_level="error", generate_client_file=False)
+
+
+SERVERS: dict[str, Callable[[Path, int], None]] = {
+    "service": _service,
+    "inline": _inline,
+    "litserve": _litserve,
+}
+
+
+# The requests
+
+
+def _bodies(particles: int, quality: str) -> list[dict[str, Any]]:
+    """Requests of different images; strokes where a digit might be, and three patches missing."""
+    generator = Noise(0).generator()
+    seen = mechanism("patches:3")(PICTURES, (1, 28, 28), generator)
+    values = torch.rand(PICTURES, 4, 4, generator=generator)
+    values = torch.nn.functional.interpolate(values[:, None], 20, mode="bilinear") > 0.6  # noqa: PLR2004
+    values = torch.nn.functional.pad(values.to(torch.uint8), (4, 4, 4, 4))
+    return [
+        {
+            "images": [
+                {"image": _png(255 * value[0].numpy()), "mask": _png(255 * ~each[0].numpy())}
+            ],
+            "particles": particles,
+            "quality": quality,
+            "seed": index,
+        }
+        for index, (value, each) in enumerate(zip(values, seen, strict=True))
+    ]
+
+
+def _png(levels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint8)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a load met."""
+
+    rate: float
+    """Answers a second."""
+    times: list[float]
+    """Seconds that each answer took."""
+
+    def quantile(self, level: float) -> float:
+        """In milliseconds."""
+        return 1000 * float(np.quantile(self.times, level))
+
+
+async def _closed(url: str, bodies: list[dict[str, Any]], count: int, seconds: float) -> Measured:
+    times: list[float] = []
+    contents = [json.dumps(body) for body in bodies]
+    headers = {"content-type": "application/json"}
+    limits = httpx.Limits(max_connections=count, max_keepalive_connections=count)
+    async with httpx.AsyncClient(timeout=LIMIT, limits=limits) as client:
+        started = time.perf_counter()
+
+        async def ask(first: int) -> None:
+            index = first
+            while time.perf_counter() - started < seconds:
+                begun = time.perf_counter()
+                content = contents[index % len(contents)]
+                answer = await client.post(url, content=content, headers=headers)
+                answer.raise_for_status()
+                times.append(time.perf_counter() - begun)
+                index += count
+
+        await asyncio.gather(*(ask(first) for first in range(count)))
+        return Measured(len(times) / (time.perf_counter() - started), times)
+
+
+async def _open(url: str, bodies: list[dict[str, Any]], rate: float, seconds: float) -> Measured:
+    times: list[float] = []
+    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
+    async with httpx.AsyncClient(
+        timeout=LIMIT, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        started = time.perf_counter()
+
+        async def ask(at: float, body: dict[str, Any]) -> None:
+            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+            (await client.post(url, json=body)).raise_for_status()
+            times.append(time.perf_counter() - started - at)
+
+        arrivals = np.cumsum(gaps)
+        await asyncio.gather(*(ask(at, bodies[i % PICTURES]) for i, at in enumerate(arrivals)))
+        return Measured(len(times) / (time.perf_counter() - started), times)
+
+
+# The comparison
+
+
+@dataclass
+class Side:
+    """A process group that serves, and stands still where it has no turn."""
+
+    name: str
+    process: subprocess.Popen[str]
+    url: str
+
+    def measure(self, load: Callable[[str], Any]) -> Measured:
+        """What a load meets while this side alone runs."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            return asyncio.run(load(self.url))
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def loop(self, particles: int, quality: str, seconds: float) -> Measured:
+        """What the bare loop does."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
+        print(json.dumps([particles, quality, seconds]), file=self.process.stdin, flush=True)
+        rate, times = json.loads(self.process.stdout.readline())
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        return Measured(rate, times)
+
+
+@contextmanager
+def _sides(folder: Path) -> Generator[dict[str, Side]]:
+    sides: dict[str, Side] = {}
+    try:
+        for name in ("bare", *SERVERS):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command = [sys.executable, __file__, str(folder), "--side", name, "--port", str(port)]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            sides[name] = Side(name, process, f"http://127.0.0.1:{port}/v1/impute")
+            if name in SERVERS:
+                _until_ready(f"http://127.0.0.1:{port}/health/ready", process)
+                os.killpg(process.pid, signal.SIGSTOP)
+        yield sides
+    finally:
+        for side in sides.values():
+            os.killpg(side.process.pid, signal.SIGKILL)
+
+
+def _until_ready(url: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=1.0).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise SystemExit(f"Expected an answer of {url}; got none.")
+
+
+def _compare(said: argparse.Namespace) -> None:
+    os.sched_setaffinity(0, {CLIENT})
+    with _sides(said.checkpoint) as sides:
+        for particles in said.particles:
+            rate = math.nan
+            for count in said.connections:
+                rate = _close(sides, said, particles, count)
+            _opened(sides, said, particles, 0.7 * rate)
+
+
+def _close(sides: dict[str, Side], said: argparse.Namespace, particles: int, count: int) -> float:
+    """Prints what so many connections meet; gives the service's rate."""
+    bodies = _bodies(particles, said.quality)
+
+    def load(side: Side) -> Measured:
+        if side.name == "bare":
+            return side.loop(particles, said.quality, said.seconds)
+        return side.measure(lambda url: _closed(url, bodies, count, said.seconds))
+
+    title = f"{said.quality}, K = {particles}, {count} connections"
+    return _in_turn(title, sides, load, said.rounds)["service"]
+
+
+def _opened(sides: dict[str, Side], said: argparse.Namespace, particles: int, rate: float) -> None:
+    """Prints what requests meet that come at this rate."""
+    bodies = _bodies(particles, said.quality)
+
+    def load(side: Side) -> Measured:
+        return side.measure(lambda url: _open(url, bodies, rate, said.seconds))
+
+    title = f"{said.quality}, K = {particles}, {rate:.1f} requests a second by chance"
+    servers = {name: side for name, side in sides.items() if name in SERVERS}
+    _in_turn(title, servers, load, said.rounds)
+
+
+def _in_turn(
+    title: str, sides: dict[str, Side], load: Callable[[Side], Measured], rounds: int
+) -> dict[str, float]:
+    """The median rates of the sides, which take turns."""
+    found: dict[str, list[Measured]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(load(side))
+    rates = {name: statistics.median(one.rate for one in each) for name, each in found.items()}
+    first = next(iter(rates))
+    table = Table("", "answers/s", f"of {first}", "p50 ms", "p99 ms", title=title)
+    for name, each in found.items():
+        p50, p99 = (
+            statistics.median(one.quantile(level) for one in each) for level in (0.5, 0.99)
+        )
+        table.add_row(
+            name,
+            f"{rates[name]:.1f}",
+            f"{rates[name] / rates[first]:.2f}",
+            f"{p50:.1f}",
+            f"{p99:.1f}",
+        )
+    Console().print(table)
+    return rates
+
+
+if __name__ == "__main__":
+    main()
