@@ -44,7 +44,7 @@ class MlpEncoder(nn.Module):
         self, values: Float[Tensor, "*batch channels height width"]
     ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch latent"]]:
         """The mean and the logarithm of the standard deviation of q(z | x)."""
-        mean, log_std = self.layers(values.flatten(-3)).chunk(2, dim=-1)
+        mean, log_std = _through(self.layers, values.flatten(-3)).chunk(2, dim=-1)
         return mean, log_std
 
 
@@ -76,14 +76,7 @@ class MlpDecoder(nn.Module):
         self, latents: Float[Tensor, "*batch latent"]
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
-        rows = latents.flatten(0, -2)
-        if torch.is_grad_enabled():
-            planes = self.layers(rows)
-        elif self.packed is not None and torch.is_inference_mode_enabled():
-            planes = _packed(self.layers, self.packed, rows)
-        else:
-            planes = _in_place(self.layers, rows)
-        return planes.unflatten(0, latents.shape[:-1]).unflatten(-1, self.image_shape)
+        return _through(self.layers, latents, self.packed).unflatten(-1, self.image_shape)
 
     def tangents(
         self, latents: Float[Tensor, "rows latent"]
@@ -107,7 +100,7 @@ class LinearDecoder(nn.Module):
         self, latents: Float[Tensor, "*batch latent"]
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
-        return self.layers(latents).unflatten(-1, self.image_shape)
+        return _through(self.layers, latents).unflatten(-1, self.image_shape)
 
     def tangents(
         self, latents: Float[Tensor, "rows latent"]
@@ -134,7 +127,7 @@ class Gaussian(nn.Module):
         self, latents: Float[Tensor, "*batch inputs"]
     ) -> tuple[Float[Tensor, "*batch outputs"], Float[Tensor, "*batch outputs"]]:
         """The mean and the logarithm of the standard deviation."""
-        mean, log_std = self.layers(latents).chunk(2, dim=-1)
+        mean, log_std = _through(self.layers, latents).chunk(2, dim=-1)
         return mean, log_std
 
 
@@ -229,6 +222,33 @@ def _convolution(
     return layer
 
 
+FEWEST_ROWS = 16
+"""Fewer are multiplied in another order, and so a row would not have the same bits alone."""
+
+
+def _through(
+    layers: nn.Sequential,
+    inputs: Float[Tensor, "*batch inputs"],
+    packed: list[Tensor] | None = None,
+) -> Tensor:
+    """The outputs of fully connected layers, a row's the same whatever rows are beside it."""
+    if torch.is_grad_enabled():
+        return layers(inputs)
+    rows = inputs.flatten(0, -2)
+    stacked = not all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers)
+    whole = rows if stacked else _filled_up(rows)  # a stack shares its rows out among models
+    if packed is not None and torch.is_inference_mode_enabled():
+        found = _packed(layers, packed, whole)
+    else:
+        found = _in_place(layers, whole)
+    return found[: len(rows)].unflatten(0, inputs.shape[:-1])
+
+
+def _filled_up(rows: Float[Tensor, "rows inputs"]) -> Tensor:
+    lacking = -len(rows) % FEWEST_ROWS
+    return torch.cat([rows, rows.new_zeros(lacking, rows.shape[-1])]) if lacking else rows
+
+
 def _in_place(layers: nn.Sequential, rows: Float[Tensor, "rows inputs"]) -> Tensor:
     """The layers' outputs where nobody needs what was there before for a gradient."""
     for layer in layers:
@@ -254,13 +274,13 @@ def _packed(
 
 def _tangents(layers: nn.Sequential, rows: Float[Tensor, "rows inputs"]) -> Tensor:
     tangents = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    tangents = tangents.expand(len(rows), -1, -1)
+    tangents, reached = tangents.expand(len(rows), -1, -1), _filled_up(rows)
     for layer in layers:
-        rows = layer(rows)
+        reached = layer(reached)
         if isinstance(layer, nn.Linear):
             tangents = tangents @ layer.weight.T
         else:
-            tangents = tangents * (1 - rows.square())[:, None]
+            tangents = tangents * (1 - reached[: len(rows)].square())[:, None]
     return tangents
 
 

@@ -96,20 +96,20 @@ class Bernoulli:
         """Of log p(x_o | z) in the logits."""
         observed = images.observed[:, None].to(logits)
         seen = images.values[:, None] * observed
-        return torch.addcmul(seen, logits.sigmoid(), observed, value=-1)
+        return torch.addcmul(seen, _sigmoid(logits), observed, value=-1)
 
     def curvature(self, logits: Pixels, images: Incomplete) -> Pixels:
         """Of log p(x_o | z) in the logits, without its sign."""
-        mean = logits.sigmoid()
+        mean = _sigmoid(logits)
         return mean * (1 - mean) * images.observed[:, None]
 
     def mean(self, logits: Pixels) -> Pixels:
         """E[x | z]."""
-        return logits.sigmoid()
+        return _sigmoid(logits)
 
     def mean_square(self, logits: Pixels) -> Pixels:
         """E[x² | z]."""
-        return logits.sigmoid()
+        return _sigmoid(logits)
 
     def quantiles(
         self,
@@ -130,7 +130,16 @@ class Bernoulli:
         uniforms: Float[Tensor, "*batch channels height width"],
     ) -> Float[Tensor, "*batch channels height width"]:
         """Pixels x ~ p(x | z), from numbers that are uniform on [0, 1)."""
-        return (uniforms < logits.sigmoid()).to(logits)
+        return (uniforms < _sigmoid(logits)).to(logits)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """σ(l), whose bits do not depend on where in memory it lies.
+
+    Those of PyTorch's own functions σ and softplus do: what is left at the end of an array, which
+    does not fill the processor's registers, is computed by other instructions.
+    """
+    return 1 / (1 + (-logits).exp())
 
 
 class _BernoulliLogDensity(torch.autograd.Function):
@@ -139,13 +148,13 @@ class _BernoulliLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, seen, observed):  # noqa: ANN001, ANN205  # pyright: ignore[reportMissingParameterType]
         ctx.save_for_backward(logits, seen, observed)
-        softplus = torch.nn.functional.softplus(logits)
+        softplus = logits.abs().neg_().exp_().log1p_().add_(logits.clamp(min=0))
         return softplus.mul_(-observed[:, None]).addcmul_(logits, seen[:, None]).sum(-1)
 
     @staticmethod
     def backward(ctx, gradient):  # noqa: ANN001, ANN205  # pyright: ignore[reportMissingParameterType, reportIncompatibleMethodOverride]
         logits, seen, observed = ctx.saved_tensors
-        slope = torch.addcmul(seen[:, None], logits.sigmoid(), observed[:, None], value=-1)
+        slope = torch.addcmul(seen[:, None], _sigmoid(logits), observed[:, None], value=-1)
         return slope * gradient[..., None], None, None
 
 

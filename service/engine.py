@@ -1,8 +1,8 @@
 """The engine: one thread that owns the device.
 
-Work is one image at a time in stages that are not long. Every round takes one stage of each image
-that is being worked on, so that no request waits for another's thousand blocks; an image never
-shares a computation with another, so that its answer has the same bits whoever its neighbours are.
+Work is done in stages that are not long. Every round takes one stage of all that is being worked
+on, so that no request waits for another's thousand blocks. Images of requests that are alike and
+wait at the same time are worked on together, where each has the same bits as alone.
 Work in the background is done where there is nothing else to do, a stage at a time.
 Admission is bounded by particles that wait, and refuses beyond; what was cancelled or comes too
 late is dropped at its next stage; an image that fails, fails alone; what the device has no memory
@@ -10,11 +10,13 @@ for is begun again with fewer beside it.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -39,20 +41,38 @@ class _Task:
     """When its answer is too late; of time.monotonic()."""
     background: bool
     future: Future[Any] = field(default_factory=Future)
-    stages: Stages[Any] | None = None
     seconds: float = 0.0
-    """That the device has spent on it since it was last begun."""
+    """That the device has spent on this job."""
     before: float = 0.0
-    """That it had spent on it until then."""
-    turn: float = field(default_factory=time.monotonic)
-    """When it last had one, or came."""
+    """That it had spent on what was done in vain or in doubt."""
+    came: float = field(default_factory=time.monotonic)
+    alone: bool = False
+    """Whether it must not be worked on with others: one of them has failed."""
     again: bool = False
-    """Whether it was begun again because the device had no memory."""
+    """Whether it is begun again because the device had no memory."""
 
     def restart(self, job: Job | None = None) -> None:
         """Forgets what was done, for the same job or for another in its place."""
-        self.job, self.stages = job or self.job, None
+        self.job = job or self.job
         self.before, self.seconds = self.before + self.seconds, 0.0
+
+
+@dataclass
+class _Group:
+    """Tasks that are worked on together: one, or several that are alike."""
+
+    tasks: list[_Task]
+    """Those that somebody still waits for."""
+    stages: Stages[list[Any]]
+    places: dict[int, int]
+    """Where in the results each task's is."""
+    turn: float = field(default_factory=time.monotonic)
+    """When it last had one."""
+
+    @property
+    def background(self) -> bool:
+        """Whether nobody asks for it now."""
+        return self.tasks[0].background
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,7 @@ class Engine:
         """The cost of what waits, of requests and in the background."""
         self._done, self._spent = 50_000.0, 1.0
         self._at_once = AT_ONCE
+        self._swept = 0.0
         self._open = False
         self._deadline = math.inf
         self._beat = time.monotonic()
@@ -161,29 +182,20 @@ class Engine:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        active: list[_Task] = []
+        waiting: deque[_Task] = deque()
+        groups: list[_Group] = []
         stopping = False
         with torch.inference_mode():
-            while not (stopping and not active):
-                stopping |= self._receive(active, block=not active and not stopping)
-                turn = self._turn(active)
-                ended = {id(task) for task in turn if not self._advance(task, active)}
-                # What is in the background goes to the end of the line after its turn.
-                active.sort(key=lambda task: task.turn if task.background else 0.0)
-                active = [task for task in active if id(task) not in ended]
+            while not (stopping and not waiting and not groups):
+                stopping |= self._receive(waiting, block=not (waiting or groups or stopping))
+                self._sweep(waiting)
+                self._begin(waiting, groups)
+                for group in self._turn(groups):
+                    self._advance(group, waiting, groups)
+                groups = [group for group in groups if group.tasks]
 
-    def _turn(self, active: list[_Task]) -> list[_Task]:
-        """Whose stages the next round has: all requests, or else one task of the background.
-
-        What has waited there for very long counts as a request. Of many, those that came last
-        wait until others are done: what is begun takes memory.
-        """
-        patient = time.monotonic() - PATIENCE
-        urgent = [task for task in active if not task.background or task.turn < patient]
-        return urgent[: self._at_once] or active[:1]
-
-    def _receive(self, active: list[_Task], *, block: bool) -> bool:
-        """Moves what has queued to the active tasks; says whether the end is among it."""
+    def _receive(self, waiting: deque[_Task], *, block: bool) -> bool:
+        """Moves what has queued to what waits; says whether the end is among it."""
         stopping = False
         while True:
             try:
@@ -194,59 +206,145 @@ class Engine:
             if task is None:
                 stopping = True
             else:
-                active.append(task)
+                waiting.append(task)
 
-    def _advance(self, task: _Task, active: list[_Task]) -> bool:
-        """Does a task's next stage; says whether there are more."""
-        started = self._beat = task.turn = time.monotonic()
+    def _sweep(self, waiting: deque[_Task]) -> None:
+        """Drops what nobody waits for any more, now and then."""
+        now = time.monotonic()
+        if now - self._swept < SWEEPING and now < self._deadline:
+            return
+        self._swept = now
+        for _ in range(len(waiting)):
+            task = waiting.popleft()
+            if not self._ended(task, begun=False):
+                waiting.append(task)
+
+    def _begin(self, waiting: deque[_Task], groups: list[_Group]) -> None:
+        """Begins as much of what waits as there may be at once, what is alike together."""
+        room = self._at_once - sum(len(group.tasks) for group in groups)
+        while room > 0 and (first := self._next(waiting, groups)) is not None:
+            waiting.remove(first)
+            tasks = [first]
+            if first.job.alike is not None and not first.alone and self._threads == 1:
+                tasks += self._like(first, waiting, min(TOGETHER, room) - 1)
+            for task in tasks[1:]:
+                waiting.remove(task)
+            tasks = [task for task in tasks if not self._ended(task, begun=False)]
+            if tasks:
+                stages = first.job.together([task.job for task in tasks])
+                places = {id(task): place for place, task in enumerate(tasks)}
+                groups.append(_Group(tasks, stages, places))
+                room -= len(tasks)
+
+    def _next(self, waiting: deque[_Task], groups: list[_Group]) -> _Task | None:
+        """A request, or what has been in the background for long; or else one of the others."""
+        patient = time.monotonic() - PATIENCE
+        for task in waiting:
+            if not task.background or task.came < patient:
+                return task
+        begun = sum(len(group.tasks) for group in groups if group.background)
+        busy = any(not group.background for group in groups)
+        full = begun >= max(1, self._at_once // 2)  # the rest is for requests that may come
+        return None if busy or full or not waiting else waiting[0]
+
+    def _like(self, first: _Task, waiting: deque[_Task], count: int) -> list[_Task]:
+        alike = (
+            task
+            for task in waiting
+            if (task.job.alike, task.background, task.alone)
+            == (first.job.alike, first.background, False)
+        )
+        return list(itertools.islice(alike, count))
+
+    def _turn(self, groups: list[_Group]) -> list[_Group]:
+        """Whose stages the next round has: all requests, or else one of the background.
+
+        What has waited there for very long counts as a request.
+        """
+        patient = time.monotonic() - PATIENCE
+        urgent = [group for group in groups if not group.background or group.turn < patient]
+        return urgent or sorted(groups, key=lambda group: group.turn)[:1]
+
+    def _ended(self, task: _Task, *, begun: bool) -> bool:
+        """Whether nobody waits for it any more, or not in time."""
+        now = time.monotonic()
         if task.future.cancelled():
             self._leave(task)
+        elif now > self._deadline:
+            self._answer(task, problem=NotReady("The service is shutting down."))
+        elif now > task.until:
+            self._answer(task, problem=Expired(begun=begun))
+        else:
             return False
+        return True
+
+    def _advance(self, group: _Group, waiting: deque[_Task], groups: list[_Group]) -> None:
+        """Does a group's next stage; a group that has no tasks left is done."""
+        started = self._beat = group.turn = time.monotonic()
+        group.tasks = [task for task in group.tasks if not self._ended(task, begun=True)]
+        if not group.tasks:
+            return
         try:
-            if started > self._deadline:
-                raise NotReady("The service is shutting down.")  # noqa: TRY301
-            if started > task.until:
-                raise Expired(begun=task.stages is not None)  # noqa: TRY301
-            return self._step(task, started)
+            self._step(group, waiting, started)
         except Problem as problem:
-            self._answer(task, problem=problem)
+            self._give_up(group, waiting, problem)
         except torch.OutOfMemoryError:
-            if not task.again:
-                return self._begin_again(task, active)
-            self._answer(task, problem=Failed("The device has no memory for this image."))
+            self._begin_again(group, waiting, groups)
         except Exception:
             log.exception("A job failed.")
-            self._answer(task, problem=Failed("The model failed on this image."))
-        return False
+            self._give_up(group, waiting, Failed("The model failed on this image."))
 
-    def _step(self, task: _Task, started: float) -> bool:
-        if task.stages is None:
-            task.stages = task.job.stages()
+    def _step(self, group: _Group, waiting: deque[_Task], started: float) -> None:
+        results: list[Any] | None = None
         try:
-            next(task.stages)
+            next(group.stages)
         except StopIteration as done:
-            task.seconds += time.monotonic() - started
+            results = done.value
+        for task in group.tasks:
+            task.seconds += (time.monotonic() - started) / len(group.tasks)
+        if results is None:
+            return
+        for task in group.tasks:
             self._measure(task)
-            job = task.job.instead(done.value)
+            result = results[group.places[id(task)]]
+            job = task.job.instead(result)
             if job is None or job.cost > self._max_request:
-                self._answer(task, result=done.value)
-                return False
-            self._replace(task, job)
-        else:
-            task.seconds += time.monotonic() - started
-        return True
+                self._answer(task, result=result)
+            else:
+                self._replace(task, job)
+                waiting.appendleft(task)
+        group.tasks = []
 
-    def _begin_again(self, task: _Task, active: list[_Task]) -> bool:
+    def _give_up(self, group: _Group, waiting: deque[_Task], problem: Problem) -> None:
+        """Answers the one that has failed; of several each is tried alone."""
+        for task in group.tasks:
+            if len(group.tasks) == 1:
+                self._answer(task, problem=problem)
+            else:
+                task.alone = True
+                self._put_back(task, waiting)
+        group.tasks = []
+
+    def _begin_again(self, group: _Group, waiting: deque[_Task], groups: list[_Group]) -> None:
         """Forgets half of what was begun, which has the same answers when it is done later."""
-        begun = [each for each in active if each.stages is not None and each is not task]
-        self._at_once = max(1, (len(begun) + 1) // 2)
+        begun = [each for each in groups if each.tasks and each is not group]
+        self._at_once = max(1, sum(len(each.tasks) for each in [group, *begun]) // 2)
         log.warning("The device has no memory: %d images are worked on at once.", self._at_once)
-        task.again = True
-        for each in [task, *begun[self._at_once :]]:
-            each.restart()
+        for each in [*reversed(begun[len(begun) // 2 :]), group]:
+            for task in each.tasks:
+                if each is group and task.again:
+                    problem = Failed("The device has no memory for this image.")
+                    self._answer(task, problem=problem)
+                else:
+                    task.again |= each is group
+                    self._put_back(task, waiting)
+            each.tasks = []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return True
+
+    def _put_back(self, task: _Task, waiting: deque[_Task]) -> None:
+        task.restart()
+        waiting.appendleft(task)
 
     def _replace(self, task: _Task, job: Job) -> None:
         """Begins another job for the same answer; it was admitted, and is not refused now."""
@@ -265,7 +363,6 @@ class Engine:
             return  # cancelled in the meantime: there is nobody to answer
 
     def _leave(self, task: _Task) -> None:
-        task.stages = None  # with the arrays that it holds
         with self._lock:
             self._waiting[task.background] -= task.job.cost
 
@@ -282,6 +379,10 @@ class Engine:
 
 AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
+TOGETHER = 16
+"""Images of requests that are alike whose work is done by the same operations."""
+SWEEPING = 0.05
+"""Seconds after which what waits is looked through for what nobody waits for."""
 PATIENCE = 60.0
 """Seconds after which work in the background is done before more requests."""
 STUCK = 30.0

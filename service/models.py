@@ -35,6 +35,17 @@ class Model:
     network: LatentVariableModel
 
     @property
+    def together(self) -> bool:
+        """Whether images have the same bits together as alone.
+
+        They have where all is products and functions of MKL's, which treat a row like any other.
+        """
+        parts, cpu = self.card.architecture, self.network.device.type == "cpu"
+        return (
+            cpu and torch.backends.mkl.is_available() and parts.encoder == parts.decoder == "mlp"
+        )
+
+    @property
     def bytes(self) -> int:
         """The memory of its weights."""
         return sum(weight.nbytes for weight in self.network.state_dict().values())

@@ -5,8 +5,9 @@ are replaced. It says what it costs before it is begun.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +39,28 @@ __all__ = [
 ]
 
 Quality = Literal["fast", "standard", "high"]
+
+
+class Job(Protocol):
+    """Work on one image, or for one answer, as the engine sees it."""
+
+    @property
+    def cost(self) -> int:
+        """Rows that the decoder will see."""
+        ...
+
+    @property
+    def alike(self) -> Hashable:
+        """What jobs that can be worked on together have in common; None for one that cannot."""
+        ...
+
+    def together(self, jobs: Sequence[Any], /) -> Stages[list[Any]]:
+        """The work on jobs that are alike, this among them, in stages."""
+        ...
+
+    def instead(self, result: Any, /) -> "Job | None":
+        """The job that is to be done in place of giving this result; None where it is good."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,29 +129,44 @@ class Impute:
             quantiles=bool(self.levels),
         )
 
-    def stages(self) -> Stages[Imputation]:
-        """The work, a block at a time."""
-        quality, network = QUALITIES[self.quality], self.model.network
+    @property
+    def alike(self) -> Hashable:
+        """What jobs that can be worked on together have in common; None for one that cannot."""
+        if self.quality == "high" or self.tolerance is not None or not self.model.together:
+            return None
+        return Impute, id(self.model), self.particles, self.draws, self.levels, self.quality
+
+    @staticmethod
+    def together(jobs: Sequence["Impute"]) -> Stages[list[Imputation]]:
+        """The work on one, or on several that are alike, in stages."""
+        first, quality = jobs[0], QUALITIES[jobs[0].quality]
         done = yield from imputation.impute(
-            network,
-            _incomplete(self.values, self.missing, network),
-            NoisePerImage.of(self.seed, [0]),
-            particles=self.particles,
-            draws=self.draws,
-            levels=self.levels,
+            first.model.network,
+            _incomplete(jobs, first.model.network),
+            _noise(jobs),
+            particles=first.particles,
+            draws=first.draws,
+            levels=first.levels,
             proposal=quality.proposal,
             estimator=quality.estimator,
-            tolerance=self.tolerance,
+            tolerance=first.tolerance,
         )
-        return Imputation(
-            done.mean[0].cpu().numpy(),
-            done.std[0].cpu().numpy(),
-            done.draws[0].cpu().numpy(),
-            done.quantiles[0].cpu().numpy(),
-            _estimate(done.log_likelihood),
-            bool(done.log_likelihood.doubtful.item()),
-            self.quality,
-        )
+        arrays = (done.mean, done.std, done.draws, done.quantiles)
+        mean, std, draws, quantiles = (array.cpu().numpy() for array in arrays)
+        estimates = _estimates(done.log_likelihood)
+        doubtful = done.log_likelihood.doubtful.tolist()
+        return [
+            Imputation(
+                mean[index],
+                std[index],
+                draws[index],
+                quantiles[index],
+                estimates[index],
+                doubtful[index],
+                first.quality,
+            )
+            for index in range(len(jobs))
+        ]
 
     def instead(self, result: Imputation) -> "Impute | None":
         """The job that is to be done where this result is in doubt."""
@@ -165,26 +203,43 @@ class Score:
         quality = QUALITIES[self.quality]
         return replace(quality, estimator=self.estimator or quality.estimator)
 
-    def stages(self) -> Stages[Scoring]:
-        """The work, a block at a time."""
-        network = self.model.network
-        truth = None if self.truth is None else _seen(self.truth, network)[None]
+    @property
+    def alike(self) -> Hashable:
+        """What jobs that can be worked on together have in common; None for one that cannot."""
+        simple = self.estimator in (None, "importance", "prior") and self.quality != "high"
+        if not simple or self.tolerance is not None or not self.model.together:
+            return None
+        known = self.truth is not None
+        return Score, id(self.model), self.particles, known, self.estimator, self.quality
+
+    @staticmethod
+    def together(jobs: Sequence["Score"]) -> Stages[list[Scoring]]:
+        """The work on one, or on several that are alike, in stages."""
+        first, network = jobs[0], jobs[0].model.network
+        truths = [job.truth for job in jobs if job.truth is not None]
         found = yield from estimators.assess(
             network,
-            _incomplete(self.values, self.missing, network),
-            NoisePerImage.of(self.seed, [0]),
-            quality=self._way,
-            particles=self.particles,
-            truth=truth,
-            tolerance=self.tolerance,
+            _incomplete(jobs, network),
+            _noise(jobs),
+            quality=first._way,
+            particles=first.particles,
+            truth=_seen(np.stack(truths), network) if truths else None,
+            tolerance=first.tolerance,
         )
-        return Scoring(
-            _estimate(found.log_likelihood),
-            found.conditional and _estimate(found.conditional),
-            found.difference and _estimate(found.difference),
-            bool(found.log_likelihood.doubtful.item()),
-            None if self.estimator else self.quality,
+        none = [None] * len(jobs)
+        estimates, conditionals, differences = (
+            none if estimate is None else _estimates(estimate)
+            for estimate in (found.log_likelihood, found.conditional, found.difference)
         )
+        doubtful = found.log_likelihood.doubtful.tolist()
+        quality = None if first.estimator else first.quality
+        return [
+            Scoring(estimate, conditional, difference, doubt, quality)
+            for estimate, conditional, difference, doubt in zip(
+                estimates, conditionals, differences, doubtful, strict=True
+            )
+            if estimate is not None
+        ]
 
     def instead(self, result: Scoring) -> "Score | None":
         """The job that is to be done where this result is in doubt."""
@@ -204,20 +259,25 @@ class Sample:
         """Rows that the decoder will see."""
         return self.count
 
-    def stages(self) -> Stages[np.ndarray]:
+    @property
+    def alike(self) -> None:
+        """Each is worked on alone."""
+
+    @staticmethod
+    def together(jobs: Sequence["Sample"]) -> Stages[list[np.ndarray]]:
         """The work, an image at a time."""
+        (job,) = jobs
         images: list[np.ndarray] = []
-        for index in range(self.count):
-            noise = Noise(image_seed(self.seed, index))
-            images.append(self.model.network.sample(1, noise)[0].cpu().numpy())
+        for index in range(job.count):
+            noise = Noise(image_seed(job.seed, index))
+            images.append(job.model.network.sample(1, noise)[0].cpu().numpy())
             yield
-        return np.stack(images)
+        return [np.stack(images)]
 
     def instead(self, _result: np.ndarray) -> None:
         """Nothing: a sample is never in doubt."""
 
 
-Job = Impute | Score | Sample
 Escalating = TypeVar("Escalating", Impute, Score)
 
 
@@ -235,10 +295,15 @@ PREPARATION_ROWS = PREPARATION * BLOCK
 
 
 def _incomplete(
-    values: np.ndarray, missing: np.ndarray, network: LatentVariableModel
+    jobs: Sequence[Impute] | Sequence[Score], network: LatentVariableModel
 ) -> Incomplete:
-    seen = torch.from_numpy(~missing).expand(values.shape).to(network.device)
-    return Incomplete.hide(_seen(values, network)[None], seen[None])
+    values = np.stack([job.values for job in jobs])
+    missing = np.stack([np.broadcast_to(job.missing, job.values.shape) for job in jobs])
+    return Incomplete.hide(_seen(values, network), torch.from_numpy(~missing).to(network.device))
+
+
+def _noise(jobs: Sequence[Impute] | Sequence[Score]) -> NoisePerImage:
+    return NoisePerImage(tuple(Noise(image_seed(job.seed, 0)) for job in jobs))
 
 
 def _seen(values: np.ndarray, network: LatentVariableModel) -> torch.Tensor:
@@ -251,16 +316,28 @@ def _seen(values: np.ndarray, network: LatentVariableModel) -> torch.Tensor:
 THRESHOLD = 127.5 / 255
 
 
-def _estimate(estimate: likelihood.Estimate) -> Estimate:
-    k = estimate.pareto_k.item()
-    return Estimate(
-        value=estimate.value.item(),
-        standard_error=estimate.standard_error.item(),
-        effective_sample_size=estimate.effective_sample_size.item(),
-        pareto_k=k if math.isfinite(k) else None,
-        reliable=bool(estimate.reliable.item()),
-        particles=estimate.particles,
-        estimator=estimate.estimator,
-        kind=estimate.kind,
-        acceptance=None if estimate.acceptance is None else estimate.acceptance.item(),
+def _estimates(found: likelihood.Estimate) -> list[Estimate]:
+    """That of each image."""
+    rows = zip(
+        found.value.tolist(),
+        found.standard_error.tolist(),
+        found.effective_sample_size.tolist(),
+        found.pareto_k.tolist(),
+        found.reliable.tolist(),
+        [None] * len(found.value) if found.acceptance is None else found.acceptance.tolist(),
+        strict=True,
     )
+    return [
+        Estimate(
+            value=value,
+            standard_error=error,
+            effective_sample_size=size,
+            pareto_k=k if math.isfinite(k) else None,
+            reliable=reliable,
+            particles=found.particles,
+            estimator=found.estimator,
+            kind=found.kind,
+            acceptance=acceptance,
+        )
+        for value, error, size, k, reliable, acceptance in rows
+    ]

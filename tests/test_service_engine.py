@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.likelihood import finish
+from model.noise import Noise
 from service.engine import Engine
 from service.errors import BadInput, Expired, Failed, NotReady, Overloaded, TooLarge
 from service.models import Model, Models
@@ -25,6 +27,7 @@ from service.work import (
     Estimate,
     Imputation,
     Impute,
+    Job,
     Quality,
     Sample,
     Score,
@@ -78,6 +81,14 @@ class Fake:
     better: "Fake | None" = None
     """What is done in place of an answer."""
 
+    alike: Any = None
+    """Those with the same are worked on together."""
+
+    @staticmethod
+    def together(jobs: Sequence["Fake"]) -> Generator[None, None, list["Fake"]]:
+        """The work of all, one after another in each stage."""
+        return (yield from _in_step([job.stages() for job in jobs]))
+
     def stages(self) -> Generator[None, None, "Fake"]:
         """The work."""
         self.began.set()
@@ -94,6 +105,20 @@ class Fake:
     def instead(self, _result: "Fake") -> "Fake | None":
         """The better job, where there is one."""
         return self.better
+
+
+def _in_step(works: Sequence[Generator[None, None, Fake]]) -> Generator[None, None, list[Fake]]:
+    results: dict[int, Fake] = {}
+    while len(results) < len(works):
+        for index, work in enumerate(works):
+            if index not in results:
+                try:
+                    next(work)
+                except StopIteration as done:
+                    results[index] = done.value
+        if len(results) < len(works):
+            yield
+    return [results[index] for index in range(len(works))]
 
 
 async def _submit(engine: Engine, *jobs: Any, **options: Any) -> list[Any]:
@@ -275,6 +300,163 @@ def test_every_admitted_job_ends_in_exactly_one_way(steps: Sequence[Step]):
         if failure is None and not task.cancelled():
             assert task.result() == fakes
             assert all(fake.done == fake.blocks and not fake.failure for fake in fakes)
+
+
+# Together
+
+
+def test_what_is_alike_and_waits_is_worked_on_together(engine: Engine):
+    """Jobs that came while the engine was busy share their stages; each has its own result."""
+    together: list[int] = []
+
+    class Counted(Fake):
+        @staticmethod
+        def together(jobs: Sequence[Fake]) -> Generator[None, None, list[Fake]]:
+            together.append(len(jobs))
+            return (yield from Fake.together(jobs))
+
+    async def scenario() -> list[list[Any]]:
+        gate = threading.Event()
+        first = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        others = [Counted(blocks=n % 3, alike="a") for n in range(20)]
+        others += [Counted(alike="b"), Counted(), Counted()]
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in others]
+        await _until(lambda: engine.waiting == 24)
+        gate.set()
+        await request
+        done = await asyncio.gather(*tasks)
+        assert done == [[job] for job in others]
+        return done
+
+    _run(scenario)
+    assert sorted(together) == [1, 1, 1, 4, 16]
+    assert engine.waiting == 0
+
+
+def test_of_many_threads_each_image_is_alone():
+    """Their products are shared out among threads by size, which changes bits."""
+    engine = Engine(threads=2)
+    engine.start()
+    jobs = [Fake(alike="a", began=threading.Event()) for _ in range(3)]
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        first = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        failing = Fake(alike="a", failure=ValueError())
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in (*jobs, failing)]
+        await _until(lambda: engine.waiting == 5)
+        gate.set()
+        await asyncio.gather(request, *tasks, return_exceptions=True)
+
+    _run(scenario)
+    engine.stop(seconds=10)
+    assert [job.done for job in jobs] == [1, 1, 1]  # not begun again because another failed
+
+
+@pytest.mark.parametrize("failure", [ValueError("x"), BadInput.of("image", "a", "b")])
+def test_of_what_is_together_one_that_fails_fails_alone(engine: Engine, failure: Exception):
+    """The others are done again without it, and those that were left or are late are let go."""
+
+    async def scenario() -> list[Any]:
+        gate = threading.Event()
+        first = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        good = [Fake(blocks=2, alike="a") for _ in range(5)]
+        bad = Fake(blocks=1, alike="a", failure=failure)
+        left, late = Fake(blocks=3, alike="a"), Fake(blocks=3, alike="a")
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in (*good[:3], bad, *good[3:])]
+        leaving = asyncio.create_task(_submit(engine, left))
+        expiring = asyncio.create_task(_submit(engine, late, seconds=0.0))
+        await _until(lambda: engine.waiting == 9)
+        leaving.cancel()
+        gate.set()
+        await request
+        ended = await asyncio.gather(*tasks, leaving, expiring, return_exceptions=True)
+        assert [each for each in ended if isinstance(each, list)] == [[job] for job in good]
+        return ended
+
+    ended = _run(scenario)
+    assert isinstance(ended[3], BadInput if isinstance(failure, BadInput) else Failed)
+    assert isinstance(ended[6], asyncio.CancelledError)
+    assert isinstance(ended[7], Expired)
+    assert engine.waiting == 0
+
+
+def _images(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    noise = Noise(5)
+    grey = noise.uniform(count, *SHAPE, like=torch.zeros(())).numpy()
+    hidden = noise.at("mask").uniform(count, *SHAPE[1:], like=torch.zeros(())).numpy() < 0.5
+    return list(zip(grey, hidden, strict=True))
+
+
+@pytest.mark.parametrize("quality", ["fast", "standard"])
+@pytest.mark.parametrize("count", [2, 5, 16])
+@pytest.mark.parametrize("what", ["impute", "score", "score with truth"])
+def test_together_each_image_has_the_bits_that_it_has_alone(
+    model: Model, quality: Quality, count: int, what: str
+):
+    """With one thread and dense networks, whatever is asked for."""
+    jobs: list[Any] = []
+    for index, (values, missing) in enumerate(_images(count)):
+        given: dict[str, Any] = {
+            "model": model,
+            "values": values,
+            "missing": missing,
+            "particles": 200,
+            "seed": index,
+            "quality": quality,
+        }
+        if what == "impute":
+            jobs.append(Impute(**given, draws=2, levels=(0.2,)))
+        else:
+            jobs.append(Score(**given, truth=values if "truth" in what else None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        together = finish(jobs[0].together(jobs))
+        alone = [finish(job.together([job]))[0] for job in jobs]
+    torch.set_num_threads(threads)
+
+    assert len({job.alike for job in jobs}) == 1
+    assert jobs[0].alike is not None
+    for one, other in zip(together, alone, strict=True):
+        for name, value in vars(one).items():
+            same = getattr(other, name)
+            assert np.array_equal(value, same) if isinstance(value, np.ndarray) else value == same
+
+
+def test_what_is_not_alike_is_alone(model: Model):
+    """Chains are not the same together, and what stops early stops when it is enough for it."""
+    values, missing = _images(1)[0]
+    job = Impute(model=model, values=values, missing=missing, particles=64, draws=1, seed=0)
+    score = Score(model=model, values=values, missing=missing, truth=None, particles=64, seed=0)
+
+    assert replace(job, seed=1, values=1 - values).alike == job.alike
+    for different in (
+        replace(job, particles=65),
+        replace(job, draws=2),
+        replace(job, levels=(0.5,)),
+        replace(job, quality="fast"),
+        replace(score, truth=values),
+        replace(score, estimator="prior"),
+        score,
+    ):
+        assert different.alike not in (None, job.alike)
+    for other in (
+        replace(job, quality="high"),
+        replace(job, tolerance=0.1),
+        replace(score, quality="high"),
+        replace(score, estimator="annealed"),
+        replace(score, estimator="jackknife"),
+        replace(score, tolerance=0.1),
+        Sample(model=model, count=1, seed=0),
+    ):
+        assert other.alike is None
 
 
 # Classes, deadlines and memory
@@ -489,13 +671,14 @@ def test_an_idle_engine_admits_what_a_request_may_bring():
     assert engine.waiting == 0
 
 
-def _cost_and_rows(job: Impute | Score) -> tuple[int, int]:
+def _cost_and_rows(asked: Impute | Score) -> tuple[int, int]:
+    job = cast("Job", asked)
     rows: list[int] = []
-    hook = job.model.network.decoder.register_forward_hook(
+    hook = asked.model.network.decoder.register_forward_hook(
         lambda _module, inputs, _output: rows.append(math.prod(inputs[0].shape[:-1]))
     )
     with torch.inference_mode():
-        for _ in job.stages():
+        for _ in job.together([job]):
             pass
     hook.remove()
     return job.cost, sum(rows)
