@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,14 +46,19 @@ class _Task:
     before: float = 0.0
     """That it had spent on what was done in vain or in doubt."""
     came: float = field(default_factory=time.monotonic)
-    alone: bool = False
-    """Whether it must not be worked on with others: one of them has failed."""
+    kind: Hashable = field(init=False)
+    """What it may be worked on together with; None where nothing may."""
     again: bool = False
     """Whether it is begun again because the device had no memory."""
 
+    def __post_init__(self) -> None:
+        self.restart(self.job)
+
     def restart(self, job: Job | None = None) -> None:
         """Forgets what was done, for the same job or for another in its place."""
-        self.job = job or self.job
+        if job is not None:
+            alike = job.alike
+            self.job, self.kind = job, None if alike is None else (alike, self.background)
         self.before, self.seconds = self.before + self.seconds, 0.0
 
 
@@ -66,6 +71,8 @@ class _Group:
     stages: Stages[list[Any]]
     places: dict[int, int]
     """Where in the results each task's is."""
+    kind: Hashable
+    """What may be worked on together with it; None where nothing may."""
     turn: float = field(default_factory=time.monotonic)
     """When it last had one."""
 
@@ -223,38 +230,35 @@ class Engine:
         """Begins as much of what waits as there may be at once, what is alike together."""
         room = self._at_once - sum(len(group.tasks) for group in groups)
         while room > 0 and (first := self._next(waiting, groups)) is not None:
-            waiting.remove(first)
             tasks = [first]
-            if first.job.alike is not None and not first.alone and self._threads == 1:
-                tasks += self._like(first, waiting, min(TOGETHER, room) - 1)
-            for task in tasks[1:]:
+            if first.kind is not None and self._threads == 1:
+                alike = (task for task in waiting if task.kind == first.kind)
+                tasks = list(itertools.islice(alike, min(TOGETHER, room)))
+            for task in tasks:
                 waiting.remove(task)
             tasks = [task for task in tasks if not self._ended(task, begun=False)]
             if tasks:
                 stages = first.job.together([task.job for task in tasks])
                 places = {id(task): place for place, task in enumerate(tasks)}
-                groups.append(_Group(tasks, stages, places))
+                groups.append(_Group(tasks, stages, places, first.kind))
                 room -= len(tasks)
 
     def _next(self, waiting: deque[_Task], groups: list[_Group]) -> _Task | None:
-        """A request, or what has been in the background for long; or else one of the others."""
+        """A request, or what has been in the background for long; or else one of the others.
+
+        What is alike to something that is being worked on waits for its end, and for others that
+        are alike: it is then done in less time than by turns.
+        """
         patient = time.monotonic() - PATIENCE
-        for task in waiting:
+        kinds = {group.kind for group in groups} - {None} if self._threads == 1 else set()
+        free = [task for task in waiting if task.kind not in kinds]
+        for task in free:
             if not task.background or task.came < patient:
                 return task
         begun = sum(len(group.tasks) for group in groups if group.background)
         busy = any(not group.background for group in groups)
         full = begun >= max(1, self._at_once // 2)  # the rest is for requests that may come
-        return None if busy or full or not waiting else waiting[0]
-
-    def _like(self, first: _Task, waiting: deque[_Task], count: int) -> list[_Task]:
-        alike = (
-            task
-            for task in waiting
-            if (task.job.alike, task.background, task.alone)
-            == (first.job.alike, first.background, False)
-        )
-        return list(itertools.islice(alike, count))
+        return None if busy or full or not free else free[0]
 
     def _turn(self, groups: list[_Group]) -> list[_Group]:
         """Whose stages the next round has: all requests, or else one of the background.
@@ -304,16 +308,17 @@ class Engine:
             task.seconds += (time.monotonic() - started) / len(group.tasks)
         if results is None:
             return
-        for task in group.tasks:
-            self._measure(task)
+        while group.tasks:
+            task = group.tasks[0]
             result = results[group.places[id(task)]]
             job = task.job.instead(result)
+            self._measure(task)
+            group.tasks.pop(0)  # where this fails the rest is left
             if job is None or job.cost > self._max_request:
                 self._answer(task, result=result)
             else:
                 self._replace(task, job)
                 waiting.appendleft(task)
-        group.tasks = []
 
     def _give_up(self, group: _Group, waiting: deque[_Task], problem: Problem) -> None:
         """Answers the one that has failed; of several each is tried alone."""
@@ -321,7 +326,7 @@ class Engine:
             if len(group.tasks) == 1:
                 self._answer(task, problem=problem)
             else:
-                task.alone = True
+                task.kind = None  # alone it is seen which of them it was
                 self._put_back(task, waiting)
         group.tasks = []
 

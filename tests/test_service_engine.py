@@ -335,6 +335,57 @@ def test_what_is_alike_and_waits_is_worked_on_together(engine: Engine):
     assert engine.waiting == 0
 
 
+def test_what_is_alike_waits_for_its_like_and_others_do_not(engine: Engine):
+    """Those that come meanwhile are then begun together; a job of another kind passes them."""
+    began: list[str] = []
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = Fake(alike="a", gate=gate, blocks=100, at_end=lambda: began.append("first"))
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        later = [
+            Fake(alike="a", blocks=n, at_end=lambda n=n: began.append(f"like {n}")) for n in (2, 1)
+        ]
+        other = Fake(alike="b", blocks=50, at_end=lambda: began.append("other"))
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in (*later, other)]
+        await _until(lambda: engine.waiting == 4)
+        gate.set()
+        await asyncio.gather(request, *tasks)
+
+    _run(scenario)
+    assert began == ["other", "first", "like 1", "like 2"]
+
+
+@dataclass
+class Puzzled(Fake):
+    """A job that cannot say whether its result is good."""
+
+    def instead(self, _result: Fake) -> None:
+        """Fails."""
+        raise ValueError
+
+
+def test_a_result_that_cannot_be_judged_fails_alone(engine: Engine):
+    """Those beside it are answered, and nothing is counted twice."""
+
+    async def scenario() -> list[Any]:
+        gate = threading.Event()
+        first = Fake(gate=gate)
+        request = asyncio.create_task(_submit(engine, first))
+        await _began(first)
+        jobs = [Fake(alike="a"), Puzzled(alike="a"), Fake(alike="a")]
+        tasks = [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        await _until(lambda: engine.waiting == 4)
+        gate.set()
+        ended = await asyncio.gather(request, *tasks, return_exceptions=True)
+        assert [ended[1], ended[3]] == [[jobs[0]], [jobs[2]]]
+        return ended
+
+    assert isinstance(_run(scenario)[2], Failed)
+    assert (engine.waiting, engine.ready) == (0, True)
+
+
 def test_of_many_threads_each_image_is_alone():
     """Their products are shared out among threads by size, which changes bits."""
     engine = Engine(threads=2)
