@@ -32,7 +32,7 @@ __all__ = ["Answers", "Engine"]
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)  # one is not another, whatever they hold
 class _Task:
     """A job on its way."""
 
@@ -62,7 +62,7 @@ class _Task:
         self.before, self.seconds = self.before + self.seconds, 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     """Tasks that are worked on together: one, or several that are alike."""
 

@@ -481,6 +481,24 @@ def test_together_each_image_has_the_bits_that_it_has_alone(
             assert np.array_equal(value, same) if isinstance(value, np.ndarray) else value == same
 
 
+def test_many_images_at_once_are_answered_as_each_alone(engine: Engine, model: Model):
+    """Of requests of two kinds, in groups as they come about."""
+    jobs = [
+        Impute(model=model, values=v, missing=m, particles=64 + 64 * (i % 2), draws=1, seed=i)
+        for i, (v, m) in enumerate(_images(40))
+    ]
+
+    async def scenario() -> list[list[Any]]:
+        return await asyncio.gather(*(_submit(engine, job) for job in jobs))
+
+    together = _run(scenario)
+    alone = [_run(lambda job=job: _submit(engine, job)) for job in jobs]
+    for (one,), (other,) in zip(together, alone, strict=True):
+        assert np.array_equal(one.draws, other.draws)
+        assert np.array_equal(one.mean, other.mean)
+        assert one.log_likelihood == other.log_likelihood
+
+
 def test_what_is_not_alike_is_alone(model: Model):
     """Chains are not the same together, and what stops early stops when it is enough for it."""
     values, missing = _images(1)[0]
