@@ -107,7 +107,7 @@ class Asked:
         return cls(hidden, body["particles"], body["quality"], body["seed"])
 
 
-class Library:
+class Completer:
     """The weights, and what is done with them."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,7 +142,7 @@ def _answer(done: Completions, index: int) -> dict[str, Any]:
 
 def _bare(folder: Path) -> None:
     """Is told particles, quality and seconds, a line at a time, and tells images a second."""
-    library = Library(folder)
+    completer = Completer(folder)
     for line in sys.stdin:
         particles, quality, seconds = json.loads(line)
         asked = [Asked.of(body) for body in _bodies(particles, quality)]
@@ -150,7 +150,7 @@ def _bare(folder: Path) -> None:
         times: list[float] = []
         while time.perf_counter() - started < seconds:
             begun = time.perf_counter()
-            library.complete(asked[done % PICTURES : done % PICTURES + 1])
+            completer.complete(asked[done % PICTURES : done % PICTURES + 1])
             times.append(time.perf_counter() - begun)
             done += 1
         print(json.dumps([done / (time.perf_counter() - started), times]), flush=True)
@@ -167,11 +167,11 @@ def _service(folder: Path, port: int) -> None:
 
 
 def _inline(folder: Path, port: int) -> None:
-    app, library = FastAPI(), Library(folder)
+    app, completer = FastAPI(), Completer(folder)
 
     @app.post("/v1/impute")
     async def complete(request: Request) -> dict[str, Any]:
-        return _answer(library.complete([Asked.of(await request.json())]), 0)
+        return _answer(completer.complete([Asked.of(await request.json())]), 0)
 
     @app.get("/health/ready")
     async def ready() -> str:
@@ -191,7 +191,7 @@ class Collecting(litserve.LitAPI):
         """Reads the weights in the process that works."""
         del device
         torch.set_num_threads(1)
-        self.library = Library(self.folder)
+        self.completer = Completer(self.folder)
 
     def decode_request(self, request: dict[str, Any], **_: Any) -> Asked:
         """A request."""
@@ -203,7 +203,7 @@ class Collecting(litserve.LitAPI):
 
     def predict(self, x: list[Asked], **_: Any) -> list[dict[str, Any]]:
         """The answers of all."""
-        done = self.library.complete(x)
+        done = self.completer.complete(x)
         return [_answer(done, index) for index in range(len(x))]
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -372,7 +372,7 @@ def _refuse_estimator(estimator: str, quality: str, particles: int) -> None:
 
 
 def _refuse_tolerance(tolerance: float | None, estimator: str | None, quality: str) -> None:
-    if tolerance is None or (quality != "high" and (estimator or STOPPING[0]) in STOPPING):
+    if tolerance is None or (quality != "high" and (estimator is None or estimator in STOPPING)):
         return
     with_what = estimator or f"the quality {quality}"
     raise BadInput.of("tolerance", f"none with {with_what}, which has one length", str(tolerance))

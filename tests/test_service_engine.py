@@ -150,8 +150,12 @@ def test_results_come_in_the_order_of_the_jobs(engine: Engine):
     assert engine.waiting == 0
 
 
-def test_a_small_job_ends_before_a_huge_one_that_came_first(engine: Engine):
-    """Blocks are done in turn: ten blocks end before a thousand, and one before ten."""
+@pytest.mark.parametrize("background", [False, True])
+def test_a_small_job_ends_before_a_huge_one_that_came_first(engine: Engine, background: bool):  # noqa: FBT001
+    """Blocks are done in turn: ten blocks end before a thousand, and one before ten.
+
+    That holds among requests and among what is in the background.
+    """
     ended: list[int] = []
 
     async def scenario() -> None:
@@ -159,7 +163,7 @@ def test_a_small_job_ends_before_a_huge_one_that_came_first(engine: Engine):
         jobs = [
             Fake(blocks=n, gate=gate, at_end=lambda n=n: ended.append(n)) for n in (1000, 10, 1)
         ]
-        tasks = [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        tasks = [asyncio.create_task(_submit(engine, job, background=background)) for job in jobs]
         await _began(jobs[0])
         await _until(lambda: engine.waiting == 3)
         gate.set()
@@ -549,25 +553,6 @@ def test_the_background_is_worked_on_where_there_is_nothing_else_to_do(engine: E
     _run(scenario)
     assert ended == ["request", "background"]
     assert engine.waiting == 0
-
-
-def test_work_in_the_background_takes_turns(engine: Engine):
-    """Of two jobs there the shorter ends first, though it came later."""
-    ended: list[int] = []
-
-    async def scenario() -> None:
-        gate = threading.Event()
-        jobs = [
-            Fake(blocks=n, gate=gate, at_end=lambda n=n: ended.append(n)) for n in (1000, 10, 1)
-        ]
-        tasks = [asyncio.create_task(_submit(engine, job, background=True)) for job in jobs]
-        await _began(jobs[0])
-        await _until(lambda: engine.waiting == 3)
-        gate.set()
-        await asyncio.gather(*tasks)
-
-    _run(scenario)
-    assert ended == [1, 10, 1000]
 
 
 def test_the_background_is_not_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch):
