@@ -10,14 +10,13 @@ for is begun again with fewer beside it.
 """
 
 import asyncio
-import itertools
 import logging
 import math
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence, Set
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +61,55 @@ class _Task:
         self.before, self.seconds = self.before + self.seconds, 0.0
 
 
+class _Queue:
+    """What waits: the kinds take turns, and within a kind who came first is first."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[Hashable, deque[_Task]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def put(self, task: _Task) -> None:
+        """Behind all others."""
+        self._of(task).append(task)
+
+    def put_back(self, task: _Task) -> None:
+        """Before all others."""
+        self._of(task).appendleft(task)
+        self._kinds.move_to_end(_key(task), last=False)
+
+    def take(self, count: int, *, besides: Set[Hashable]) -> list[_Task]:
+        """Up to so many that are alike; none of these kinds."""
+        for key, tasks in self._kinds.items():
+            if key not in besides:
+                taken = [tasks.popleft() for _ in range(min(count, len(tasks)))]
+                self._kinds.move_to_end(key)
+                if not tasks:
+                    del self._kinds[key]
+                return taken
+        return []
+
+    def drop(self, ended: Callable[[_Task], bool]) -> None:
+        """Leaves out those of which this is true."""
+        for key, tasks in list(self._kinds.items()):
+            self._kinds[key] = deque(task for task in tasks if not ended(task))
+            if not self._kinds[key]:
+                del self._kinds[key]
+
+    @property
+    def next(self) -> _Task | None:
+        """Whose turn it is."""
+        return next((tasks[0] for tasks in self._kinds.values()), None)
+
+    def _of(self, task: _Task) -> deque[_Task]:
+        return self._kinds.setdefault(_key(task), deque())
+
+
+def _key(task: _Task) -> Hashable:
+    return task if task.kind is None else task.kind
+
+
 @dataclass(eq=False)
 class _Group:
     """Tasks that are worked on together: one, or several that are alike."""
@@ -80,6 +128,15 @@ class _Group:
     def background(self) -> bool:
         """Whether nobody asks for it now."""
         return self.tasks[0].background
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has been in the background for long."""
+        return _overdue(self.tasks[0])
+
+
+def _overdue(task: _Task) -> bool:
+    return task.came < time.monotonic() - PATIENCE
 
 
 @dataclass(frozen=True)
@@ -107,14 +164,19 @@ class Engine:
         self._max_request, self._max_waiting = max_request, max_waiting
         self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._admitted: set[_Task] = set()
+        """All that have no answer yet."""
         self._waiting = {False: 0, True: 0}
-        """The cost of what waits, of requests and in the background."""
+        """Their cost, of requests and in the background."""
         self._done, self._spent = 50_000.0, 1.0
-        self._at_once = AT_ONCE
-        self._swept = 0.0
         self._open = False
         self._deadline = math.inf
         self._beat = time.monotonic()
+        # what only the thread touches
+        self._requests, self._background = _Queue(), _Queue()
+        self._groups: list[_Group] = []
+        self._at_once = AT_ONCE
+        self._swept = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -130,6 +192,7 @@ class Engine:
             self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(seconds + 1.0)
+        self._answer_all(NotReady("The service is shutting down."))
 
     @property
     def ready(self) -> bool:
@@ -183,26 +246,30 @@ class Engine:
             if not self.waiting:
                 self._beat = time.monotonic()  # the thread has had nothing to come round for
             self._waiting[background] += cost
+            self._admitted.update(tasks)
             for task in tasks:
                 self._inbox.put(task)
         return tasks
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        waiting: deque[_Task] = deque()
-        groups: list[_Group] = []
         stopping = False
         with torch.inference_mode():
-            while not (stopping and not waiting and not groups):
-                stopping |= self._receive(waiting, block=not (waiting or groups or stopping))
-                self._sweep(waiting)
-                self._begin(waiting, groups)
-                for group in self._turn(groups):
-                    self._advance(group, waiting, groups)
-                groups = [group for group in groups if group.tasks]
+            while not (stopping and self._idle):
+                stopping |= self._receive(block=self._idle and not stopping)
+                try:
+                    self._round()
+                except Exception:
+                    log.exception("A round failed, and with it all that was admitted.")
+                    self._requests, self._background, self._groups = _Queue(), _Queue(), []
+                    self._answer_all(Failed("The engine failed; its log says why."))
 
-    def _receive(self, waiting: deque[_Task], *, block: bool) -> bool:
-        """Moves what has queued to what waits; says whether the end is among it."""
+    @property
+    def _idle(self) -> bool:
+        return not (self._requests or self._background or self._groups)
+
+    def _receive(self, *, block: bool) -> bool:
+        """Moves what has come to what waits; says whether the end is among it."""
         stopping = False
         while True:
             try:
@@ -213,66 +280,68 @@ class Engine:
             if task is None:
                 stopping = True
             else:
-                waiting.append(task)
+                self._queue(task).put(task)
 
-    def _sweep(self, waiting: deque[_Task]) -> None:
+    def _round(self) -> None:
+        self._sweep()
+        self._begin()
+        for group in self._turn():
+            self._advance(group)
+        self._groups = [group for group in self._groups if group.tasks]
+
+    def _sweep(self) -> None:
         """Drops what nobody waits for any more, now and then."""
         now = time.monotonic()
         if now - self._swept < SWEEPING and now < self._deadline:
             return
         self._swept = now
-        for _ in range(len(waiting)):
-            task = waiting.popleft()
-            if not self._ended(task, begun=False):
-                waiting.append(task)
+        for waiting in (self._requests, self._background):
+            waiting.drop(lambda task: self._ended(task, begun=False))
 
-    def _begin(self, waiting: deque[_Task], groups: list[_Group]) -> None:
+    def _begin(self) -> None:
         """Begins as much of what waits as there may be at once, what is alike together."""
-        room = self._at_once - sum(len(group.tasks) for group in groups)
-        while room > 0 and (first := self._next(waiting, groups)) is not None:
-            tasks = [first]
-            if first.kind is not None and self._threads == 1:
-                alike = (task for task in waiting if task.kind == first.kind)
-                tasks = list(itertools.islice(alike, min(TOGETHER, room)))
-            for task in tasks:
-                waiting.remove(task)
-            tasks = [task for task in tasks if not self._ended(task, begun=False)]
+        room = self._at_once - sum(len(group.tasks) for group in self._groups)
+        while room > 0 and (taken := self._next(room)):
+            tasks = [task for task in taken if not self._ended(task, begun=False)]
             if tasks:
-                stages = first.job.together([task.job for task in tasks])
+                stages = tasks[0].job.together([task.job for task in tasks])
                 places = {id(task): place for place, task in enumerate(tasks)}
-                groups.append(_Group(tasks, stages, places, first.kind))
+                self._groups.append(_Group(tasks, stages, places, tasks[0].kind))
                 room -= len(tasks)
 
-    def _next(self, waiting: deque[_Task], groups: list[_Group]) -> _Task | None:
-        """A request, or what has been in the background for long; or else one of the others.
+    def _next(self, room: int) -> list[_Task]:
+        """Requests that are alike, or else some of the background where no requests are left.
 
         What is alike to something that is being worked on waits for its end, and for others that
         are alike: it is then done in less time than by turns.
         """
-        patient = time.monotonic() - PATIENCE
-        kinds = {group.kind for group in groups} - {None} if self._threads == 1 else set()
-        free = [task for task in waiting if task.kind not in kinds]
-        for task in free:
-            if not task.background or task.came < patient:
-                return task
-        begun = sum(len(group.tasks) for group in groups if group.background)
-        busy = any(not group.background for group in groups)
-        full = begun >= max(1, self._at_once // 2)  # the rest is for requests that may come
-        return None if busy or full or not free else free[0]
+        alone = self._threads > 1
+        kinds = set() if alone else {group.kind for group in self._groups}
+        count = 1 if alone else min(TOGETHER, room)
+        if tasks := self._requests.take(count, besides=kinds):
+            return tasks
+        begun = [group for group in self._groups if group.background]
+        if len(begun) < len(self._groups):  # requests are worked on
+            first = self._background.next
+            may = not begun and first is not None and _overdue(first)
+        else:  # half of the room is for requests that may come
+            may = sum(len(group.tasks) for group in begun) < max(1, self._at_once // 2)
+        return self._background.take(count, besides=kinds) if may else []
 
-    def _turn(self, groups: list[_Group]) -> list[_Group]:
+    def _turn(self) -> list[_Group]:
         """Whose stages the next round has: all requests, or else one of the background.
 
-        What has waited there for very long counts as a request.
+        One that has been there for long has a turn beside the requests.
         """
-        patient = time.monotonic() - PATIENCE
-        urgent = [group for group in groups if not group.background or group.turn < patient]
-        return urgent or sorted(groups, key=lambda group: group.turn)[:1]
+        requests = [group for group in self._groups if not group.background]
+        background = (group for group in self._groups if group.background)
+        longest = sorted(background, key=lambda group: group.turn)[:1]
+        return requests + [group for group in longest if group.overdue or not requests]
 
     def _ended(self, task: _Task, *, begun: bool) -> bool:
         """Whether nobody waits for it any more, or not in time."""
         now = time.monotonic()
-        if task.future.cancelled():
+        if task.future.done():
             self._leave(task)
         elif now > self._deadline:
             self._answer(task, problem=NotReady("The service is shutting down."))
@@ -282,23 +351,23 @@ class Engine:
             return False
         return True
 
-    def _advance(self, group: _Group, waiting: deque[_Task], groups: list[_Group]) -> None:
+    def _advance(self, group: _Group) -> None:
         """Does a group's next stage; a group that has no tasks left is done."""
         started = self._beat = group.turn = time.monotonic()
         group.tasks = [task for task in group.tasks if not self._ended(task, begun=True)]
         if not group.tasks:
             return
         try:
-            self._step(group, waiting, started)
+            self._step(group, started)
         except Problem as problem:
-            self._give_up(group, waiting, problem)
+            self._give_up(group, problem)
         except torch.OutOfMemoryError:
-            self._begin_again(group, waiting, groups)
+            self._begin_again(group)
         except Exception:
             log.exception("A job failed.")
-            self._give_up(group, waiting, Failed("The model failed on this image."))
+            self._give_up(group, Failed("The model failed on this image."))
 
-    def _step(self, group: _Group, waiting: deque[_Task], started: float) -> None:
+    def _step(self, group: _Group, started: float) -> None:
         results: list[Any] | None = None
         try:
             next(group.stages)
@@ -318,21 +387,21 @@ class Engine:
                 self._answer(task, result=result)
             else:
                 self._replace(task, job)
-                waiting.appendleft(task)
+                self._queue(task).put_back(task)
 
-    def _give_up(self, group: _Group, waiting: deque[_Task], problem: Problem) -> None:
+    def _give_up(self, group: _Group, problem: Problem) -> None:
         """Answers the one that has failed; of several each is tried alone."""
         for task in group.tasks:
             if len(group.tasks) == 1:
                 self._answer(task, problem=problem)
             else:
                 task.kind = None  # alone it is seen which of them it was
-                self._put_back(task, waiting)
+                self._put_back(task)
         group.tasks = []
 
-    def _begin_again(self, group: _Group, waiting: deque[_Task], groups: list[_Group]) -> None:
+    def _begin_again(self, group: _Group) -> None:
         """Forgets half of what was begun, which has the same answers when it is done later."""
-        begun = [each for each in groups if each.tasks and each is not group]
+        begun = [each for each in self._groups if each.tasks and each is not group]
         self._at_once = max(1, sum(len(each.tasks) for each in [group, *begun]) // 2)
         log.warning("The device has no memory: %d images are worked on at once.", self._at_once)
         for each in [*reversed(begun[len(begun) // 2 :]), group]:
@@ -342,19 +411,23 @@ class Engine:
                     self._answer(task, problem=problem)
                 else:
                     task.again |= each is group
-                    self._put_back(task, waiting)
+                    self._put_back(task)
             each.tasks = []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _put_back(self, task: _Task, waiting: deque[_Task]) -> None:
+    def _put_back(self, task: _Task) -> None:
         task.restart()
-        waiting.appendleft(task)
+        self._queue(task).put_back(task)
+
+    def _queue(self, task: _Task) -> _Queue:
+        return self._background if task.background else self._requests
 
     def _replace(self, task: _Task, job: Job) -> None:
         """Begins another job for the same answer; it was admitted, and is not refused now."""
         with self._lock:
-            self._waiting[task.background] += job.cost - task.job.cost
+            if task in self._admitted:
+                self._waiting[task.background] += job.cost - task.job.cost
             task.restart(job)
 
     def _answer(self, task: _Task, *, result: Any = None, problem: Problem | None = None) -> None:
@@ -367,9 +440,17 @@ class Engine:
         except InvalidStateError:
             return  # cancelled in the meantime: there is nobody to answer
 
+    def _answer_all(self, problem: Problem) -> None:
+        with self._lock:
+            left = list(self._admitted)
+        for task in left:
+            self._answer(task, problem=problem)
+
     def _leave(self, task: _Task) -> None:
         with self._lock:
-            self._waiting[task.background] -= task.job.cost
+            if task in self._admitted:
+                self._admitted.remove(task)
+                self._waiting[task.background] -= task.job.cost
 
     def _measure(self, task: _Task) -> None:
         """Counts a finished task in the rate, the latest the most."""

@@ -485,22 +485,54 @@ def test_together_each_image_has_the_bits_that_it_has_alone(
             assert np.array_equal(value, same) if isinstance(value, np.ndarray) else value == same
 
 
-def test_many_images_at_once_are_answered_as_each_alone(engine: Engine, model: Model):
-    """Of requests of two kinds, in groups as they come about."""
+def test_many_images_at_once_are_answered_as_each_alone(model: Model):
+    """Of two hundred that wait together each answer is its own image's, to the last bit.
+
+    They differ in particles and quality; clients leave and images fail meanwhile.
+    """
+    engine = Engine(max_waiting=10**9)
+    engine.start()
+    particles = np.random.default_rng(0).integers(1, 130, 200)
+    particles[::2] = 64  # so that there are many alike
+    qualities: list[Quality] = ["fast", "standard"]
     jobs = [
-        Impute(model=model, values=v, missing=m, particles=64 + 64 * (i % 2), draws=1, seed=i)
-        for i, (v, m) in enumerate(_images(40))
+        Impute(
+            model=model,
+            values=values,
+            missing=missing,
+            particles=int(particles[index]),
+            draws=1,
+            seed=index,
+            quality=qualities[index % 3 % 2],
+        )
+        for index, (values, missing) in enumerate(_images(200))
+    ]
+    poisoned, leaving = set(range(5, 200, 20)), set(range(7, 200, 11))
+    asked = [
+        replace(job, values=BLANK[:, :3]) if i in poisoned else job for i, job in enumerate(jobs)
     ]
 
-    async def scenario() -> list[list[Any]]:
-        return await asyncio.gather(*(_submit(engine, job) for job in jobs))
+    async def scenario() -> None:
+        requests = [asyncio.create_task(_submit(engine, job)) for job in asked]
+        for index in leaving:
+            await asyncio.sleep(0)
+            requests[index].cancel()
+        together = await asyncio.gather(*requests, return_exceptions=True)
+        for index, (job, one) in enumerate(zip(jobs, together, strict=True)):
+            if index in leaving:
+                assert isinstance(one, asyncio.CancelledError)
+            elif index in poisoned:
+                assert isinstance(one, Failed)
+            else:
+                assert not isinstance(one, BaseException)
+                (answer,), (alone,) = one, await _submit(engine, job)
+                assert np.array_equal(answer.draws, alone.draws)
+                assert np.array_equal(answer.mean, alone.mean)
+                assert answer.log_likelihood == alone.log_likelihood
 
-    together = _run(scenario)
-    alone = [_run(lambda job=job: _submit(engine, job)) for job in jobs]
-    for (one,), (other,) in zip(together, alone, strict=True):
-        assert np.array_equal(one.draws, other.draws)
-        assert np.array_equal(one.mean, other.mean)
-        assert one.log_likelihood == other.log_likelihood
+    _run(scenario)
+    engine.stop(seconds=10)
+    assert engine.waiting == 0
 
 
 def test_what_is_not_alike_is_alone(model: Model):
@@ -530,6 +562,32 @@ def test_what_is_not_alike_is_alone(model: Model):
         Sample(model=model, count=1, seed=0),
     ):
         assert other.alike is None
+
+
+def test_the_kinds_take_turns(engine: Engine):
+    """Someone's hundred that are alike do not stand before what came after them."""
+    began: list[str] = []
+
+    class Told(Fake):
+        @staticmethod
+        def together(jobs: Sequence[Fake]) -> Generator[None, None, list[Fake]]:
+            began.append(jobs[0].alike)
+            return (yield from Fake.together(jobs))
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = Fake(gate=gate)
+        requests = [asyncio.create_task(_submit(engine, first))]
+        await _began(first)
+        jobs = [Told(alike="many") for _ in range(100)] + [Told(alike="few")]
+        requests += [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        await _until(lambda: engine.waiting == 102)
+        gate.set()
+        await asyncio.gather(*requests)
+
+    _run(scenario)
+    assert began[:2] == ["many", "few"]
+    assert began.count("many") == 7
 
 
 # Classes, deadlines and memory
@@ -565,6 +623,27 @@ def test_the_background_is_not_forgotten(engine: Engine, monkeypatch: pytest.Mon
         await _began(endless)
         await _submit(engine, Fake(blocks=5), background=True)
         request.cancel()
+
+    _run(scenario)
+
+
+def test_the_background_that_is_overdue_is_one_beside_the_requests(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """However much of it there is: of two that have waited for long the second waits on."""
+    monkeypatch.setattr("service.engine.PATIENCE", -1.0)
+
+    async def scenario() -> None:
+        endless, first, second = Fake(blocks=10**12), Fake(blocks=10**12), Fake()
+        requests = [asyncio.create_task(_submit(engine, endless))]
+        await _began(endless)
+        work = (_submit(engine, job, background=True) for job in (first, second))
+        requests += [asyncio.create_task(each) for each in work]
+        await _began(first)
+        await _until(lambda: first.done > 100)
+        assert not second.began.is_set()
+        for request in requests:
+            request.cancel()
 
     _run(scenario)
 
@@ -948,6 +1027,50 @@ def test_the_end_does_not_overtake_an_admission():
     stop.join(30)
 
     assert job.done == 3
+
+
+def test_a_failure_of_the_engine_itself_answers_all_and_is_survived(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """What is worked on, what waits and what comes meanwhile: none is left without an answer."""
+    turn = Engine._turn  # pyright: ignore[reportPrivateUsage]
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        running = Fake(blocks=2, gate=gate)
+        requests = [asyncio.create_task(_submit(engine, running))]
+        await _began(running)
+        requests += [asyncio.create_task(_submit(engine, Fake(), background=b)) for b in (0, 1)]
+        await _until(lambda: engine.waiting == 3)
+        monkeypatch.setattr(Engine, "_turn", lambda _: 1 / 0)
+        gate.set()
+        for answer in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(answer, Failed)
+        assert engine.waiting == 0
+        monkeypatch.setattr(Engine, "_turn", turn)
+        await _submit(engine, Fake())
+
+    _run(scenario)
+    assert engine.ready
+
+
+def test_what_a_stuck_engine_had_is_answered_at_the_end():
+    """A stage that does not end keeps no request for ever."""
+    engine = Engine()
+    engine.start()
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        stuck = Fake(gate=gate)
+        requests = [asyncio.create_task(_submit(engine, job)) for job in (stuck, Fake())]
+        await _began(stuck)
+        await asyncio.to_thread(engine.stop, seconds=0.0)
+        for answer in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(answer, NotReady)
+
+    _run(scenario)
+    gate.set()
+    assert engine.waiting == 0
 
 
 def test_a_stuck_engine_is_not_ready(engine: Engine, monkeypatch: pytest.MonkeyPatch):
