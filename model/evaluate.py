@@ -174,7 +174,7 @@ class _Test:
         truth = self.truth[:images]
         steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
         stages = tightened(self.read.model, truth, Noise(self.seed).at("tight"), steps=steps)
-        model = _watched(stages, steps, "refit", self.show)
+        model = _watched(stages, steps, "refit", self.show).frozen()
         result = self._complete(model, truth, "tight", particles)
         return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}
 

@@ -8,6 +8,7 @@ Every network is rebuilt from its name in `ENCODERS` or `DECODERS` and its argum
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,10 @@ class MlpDecoder(nn.Module):
         here = torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_linear_pointwise")
         if here and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights):
             self.packed = [ONEDNN._reorder_linear_weight(w.detach()) for w in weights]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: its weights may be changed, so they are not packed."""
+        return {**self.__dict__, "packed": None}
 
     def forward(
         self, latents: Float[Tensor, "*batch latent"]

@@ -65,6 +65,19 @@ def test_results_go_into_the_card_with_what_they_were_measured_with(folder: Path
         assert result["seed"] == 0
 
 
+def test_a_tight_score_is_of_an_encoder_of_its_own(folder: Path) -> None:
+    """Which says so, with the steps that it was refitted for; the model stays as it was."""
+    before = checkpoint.read_card(folder).weights_sha256
+    found = evaluate(
+        folder, scores=["raw", "tight"], raw_images=30, raw_particles=64, masks=("half",)
+    )
+
+    assert found.results["tight"]["images"] == found.results["raw"]["images"] == 30
+    assert found.results["tight"]["refit_steps"] > 0
+    assert found.results["tight"]["mean"] != found.results["raw"]["mean"]
+    assert found.weights_sha256 == before
+
+
 def test_the_same_evaluation_gives_the_same_numbers(folder: Path) -> None:
     """An evaluation is determined by its seed; the weights are left as they were."""
     before = checkpoint.read_card(folder).weights_sha256

@@ -1,5 +1,6 @@
 """The networks' shapes, sizes and fresh weights."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,22 @@ def test_a_frozen_model_of_another_precision_is_not_packed():
     (slope,) = torch.autograd.grad(model.decode(latents).sum(), latents)
 
     assert slope.abs().sum() > 0
+
+
+def test_a_copy_of_a_frozen_model_can_be_trained():
+    """It is the same function, and where its weights change it changes with them."""
+    model = Architecture(hidden=(30, 20)).build(Noise(0)).frozen()
+    copy = deepcopy(model).requires_grad_()
+    latents = Noise(1).normal(64, 40, like=LIKE)
+    with torch.inference_mode():
+        before = model.decode(latents)
+        assert (copy.decode(latents) - before).abs().max() < 1e-5
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.zero_()
+    with torch.inference_mode():
+        assert copy.decode(latents).abs().max() == 0
+        assert torch.equal(model.decode(latents), before)
 
 
 @pytest.mark.parametrize("name", DECODERS)
