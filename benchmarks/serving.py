@@ -17,14 +17,10 @@ open loop, requests come by chance at 0.7 of the service's rate, whether answers
 """
 
 import argparse
-import asyncio
-import base64
-import io
 import json
 import math
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,16 +28,15 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
 import litserve
-import numpy as np
 import torch
 import uvicorn
+from clients import CLIENT, SERVER, Answer, Load, bodies, free_port, until_ready
 from fastapi import FastAPI, Request
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -49,14 +44,11 @@ from model import checkpoint
 from model.estimators import QUALITIES
 from model.imputation import Completions, impute
 from model.likelihood import finish
-from model.masks import Incomplete, mechanism
+from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
 from service import codec
 
-SERVER, CLIENT = 0, 1
-"""The processors of the sides and of the requests."""
 PICTURES, TOGETHER = 64, 16
-LIMIT = 60.0
 
 
 def main() -> None:
@@ -145,7 +137,7 @@ def _bare(folder: Path) -> None:
     completer = Completer(folder)
     for line in sys.stdin:
         particles, quality, seconds = json.loads(line)
-        asked = [Asked.of(body) for body in _bodies(particles, quality)]
+        asked = [Asked.of(body) for body in bodies(PICTURES, particles, quality)]
         done, started = 0, time.perf_counter()
         times: list[float] = []
         while time.perf_counter() - started < seconds:
@@ -153,7 +145,7 @@ def _bare(folder: Path) -> None:
             completer.complete(asked[done % PICTURES : done % PICTURES + 1])
             times.append(time.perf_counter() - begun)
             done += 1
-        print(json.dumps([done / (time.perf_counter() - started), times]), flush=True)
+        print(json.dumps([time.perf_counter() - started, times]), flush=True)
 
 
 def _service(folder: Path, port: int) -> None:
@@ -229,89 +221,6 @@ SERVERS: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-# The requests
-
-
-def _bodies(particles: int, quality: str) -> list[dict[str, Any]]:
-    """Requests of different images; strokes where a digit might be, and three patches missing."""
-    generator = Noise(0).generator()
-    seen = mechanism("patches:3")(PICTURES, (1, 28, 28), generator)
-    values = torch.rand(PICTURES, 4, 4, generator=generator)
-    values = torch.nn.functional.interpolate(values[:, None], 20, mode="bilinear") > 0.6  # noqa: PLR2004
-    values = torch.nn.functional.pad(values.to(torch.uint8), (4, 4, 4, 4))
-    return [
-        {
-            "images": [
-                {"image": _png(255 * value[0].numpy()), "mask": _png(255 * ~each[0].numpy())}
-            ],
-            "particles": particles,
-            "quality": quality,
-            "seed": index,
-        }
-        for index, (value, each) in enumerate(zip(values, seen, strict=True))
-    ]
-
-
-def _png(levels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(levels.astype(np.uint8)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a load met."""
-
-    rate: float
-    """Answers a second."""
-    times: list[float]
-    """Seconds that each answer took."""
-
-    def quantile(self, level: float) -> float:
-        """In milliseconds."""
-        return 1000 * float(np.quantile(self.times, level))
-
-
-async def _closed(url: str, bodies: list[dict[str, Any]], count: int, seconds: float) -> Measured:
-    times: list[float] = []
-    contents = [json.dumps(body) for body in bodies]
-    headers = {"content-type": "application/json"}
-    limits = httpx.Limits(max_connections=count, max_keepalive_connections=count)
-    async with httpx.AsyncClient(timeout=LIMIT, limits=limits) as client:
-        started = time.perf_counter()
-
-        async def ask(first: int) -> None:
-            index = first
-            while time.perf_counter() - started < seconds:
-                begun = time.perf_counter()
-                content = contents[index % len(contents)]
-                answer = await client.post(url, content=content, headers=headers)
-                answer.raise_for_status()
-                times.append(time.perf_counter() - begun)
-                index += count
-
-        await asyncio.gather(*(ask(first) for first in range(count)))
-        return Measured(len(times) / (time.perf_counter() - started), times)
-
-
-async def _open(url: str, bodies: list[dict[str, Any]], rate: float, seconds: float) -> Measured:
-    times: list[float] = []
-    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
-    async with httpx.AsyncClient(
-        timeout=LIMIT, limits=httpx.Limits(max_connections=None)
-    ) as client:
-        started = time.perf_counter()
-
-        async def ask(at: float, body: dict[str, Any]) -> None:
-            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-            (await client.post(url, json=body)).raise_for_status()
-            times.append(time.perf_counter() - started - at)
-
-        arrivals = np.cumsum(gaps)
-        await asyncio.gather(*(ask(at, bodies[i % PICTURES]) for i, at in enumerate(arrivals)))
-        return Measured(len(times) / (time.perf_counter() - started), times)
-
-
 # The comparison
 
 
@@ -323,23 +232,23 @@ class Side:
     process: subprocess.Popen[str]
     url: str
 
-    def measure(self, load: Callable[[str], Any]) -> Measured:
+    def measure(self, load: Callable[[str], Load]) -> Load:
         """What a load meets while this side alone runs."""
         os.killpg(self.process.pid, signal.SIGCONT)
         try:
-            return asyncio.run(load(self.url))
+            return load(self.url)
         finally:
             os.killpg(self.process.pid, signal.SIGSTOP)
 
-    def loop(self, particles: int, quality: str, seconds: float) -> Measured:
+    def loop(self, particles: int, quality: str, seconds: float) -> Load:
         """What the bare loop does."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         os.killpg(self.process.pid, signal.SIGCONT)
         print(json.dumps([particles, quality, seconds]), file=self.process.stdin, flush=True)
-        rate, times = json.loads(self.process.stdout.readline())
+        taken, times = json.loads(self.process.stdout.readline())
         os.killpg(self.process.pid, signal.SIGSTOP)
-        return Measured(rate, times)
+        return Load([Answer(each, HTTPStatus.OK, {}, b"") for each in times], taken)
 
 
 @contextmanager
@@ -347,9 +256,7 @@ def _sides(folder: Path) -> Generator[dict[str, Side]]:
     sides: dict[str, Side] = {}
     try:
         for name in ("bare", *SERVERS):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            port = free_port()
             command = [sys.executable, __file__, str(folder), "--side", name, "--port", str(port)]
             process = subprocess.Popen(
                 command,
@@ -360,23 +267,12 @@ def _sides(folder: Path) -> Generator[dict[str, Side]]:
             )
             sides[name] = Side(name, process, f"http://127.0.0.1:{port}/v1/impute")
             if name in SERVERS:
-                _until_ready(f"http://127.0.0.1:{port}/health/ready", process)
+                until_ready(f"http://127.0.0.1:{port}/health/ready", process)
                 os.killpg(process.pid, signal.SIGSTOP)
         yield sides
     finally:
         for side in sides.values():
             os.killpg(side.process.pid, signal.SIGKILL)
-
-
-def _until_ready(url: str, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(url, timeout=1.0).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise SystemExit(f"Expected an answer of {url}; got none.")
 
 
 def _compare(said: argparse.Namespace) -> None:
@@ -391,12 +287,14 @@ def _compare(said: argparse.Namespace) -> None:
 
 def _close(sides: dict[str, Side], said: argparse.Namespace, particles: int, count: int) -> float:
     """Prints what so many connections meet; gives the service's rate."""
-    bodies = _bodies(particles, said.quality)
+    asked = bodies(PICTURES, particles, said.quality)
 
-    def load(side: Side) -> Measured:
+    def load(side: Side) -> Load:
         if side.name == "bare":
             return side.loop(particles, said.quality, said.seconds)
-        return side.measure(lambda url: _closed(url, bodies, count, said.seconds))
+        return side.measure(
+            lambda url: Load.closed(url, asked, connections=count, seconds=said.seconds)
+        )
 
     title = f"{said.quality}, K = {particles}, {count} connections"
     return _in_turn(title, sides, load, said.rounds)["service"]
@@ -404,10 +302,10 @@ def _close(sides: dict[str, Side], said: argparse.Namespace, particles: int, cou
 
 def _opened(sides: dict[str, Side], said: argparse.Namespace, particles: int, rate: float) -> None:
     """Prints what requests meet that come at this rate."""
-    bodies = _bodies(particles, said.quality)
+    asked = bodies(PICTURES, particles, said.quality)
 
-    def load(side: Side) -> Measured:
-        return side.measure(lambda url: _open(url, bodies, rate, said.seconds))
+    def load(side: Side) -> Load:
+        return side.measure(lambda url: Load.opened(url, asked, rate=rate, seconds=said.seconds))
 
     title = f"{said.quality}, K = {particles}, {rate:.1f} requests a second by chance"
     servers = {name: side for name, side in sides.items() if name in SERVERS}
@@ -415,10 +313,10 @@ def _opened(sides: dict[str, Side], said: argparse.Namespace, particles: int, ra
 
 
 def _in_turn(
-    title: str, sides: dict[str, Side], load: Callable[[Side], Measured], rounds: int
+    title: str, sides: dict[str, Side], load: Callable[[Side], Load], rounds: int
 ) -> dict[str, float]:
     """The median rates of the sides, which take turns."""
-    found: dict[str, list[Measured]] = {name: [] for name in sides}
+    found: dict[str, list[Load]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             found[name].append(load(side))

@@ -21,7 +21,7 @@ from service.codec import Picture
 from service.engine import Engine
 from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady, UnknownFormat
 from service.models import Card, Model, Models
-from service.multipart import MultipartRoute
+from service.multipart import Handler, MultipartRoute
 from service.work import (
     FEWEST,
     MAX_SEED,
@@ -175,9 +175,23 @@ def _form(*files: str, **fields: str) -> dict[str, Any]:
     return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
+class WorkRoute(MultipartRoute):
+    """A route whose requests are not read where they would be refused."""
+
+    def get_route_handler(self) -> Handler:
+        """The handler, behind the engine's refusal."""
+        handle = super().get_route_handler()
+
+        async def admitted(request: Request) -> Response:
+            cast("State", request.state)["engine"].refuse_early()
+            return await handle(request)
+
+        return admitted
+
+
 Visiting = Annotated[Visit, Depends(_visit)]
 router = APIRouter(prefix="/v1", responses=PROBLEMS)
-forms = APIRouter(route_class=MultipartRoute, dependencies=[Depends(_json_body)])
+forms = APIRouter(route_class=WorkRoute, dependencies=[Depends(_json_body)])
 health = APIRouter()
 
 

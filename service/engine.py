@@ -169,6 +169,8 @@ class Engine:
         self._waiting = {False: 0, True: 0}
         """Their cost, of requests and in the background."""
         self._done, self._spent = 50_000.0, 1.0
+        self._full = False
+        """Whether a request has been refused, and the queue is not shorter since."""
         self._open = False
         self._deadline = math.inf
         self._beat = time.monotonic()
@@ -204,6 +206,17 @@ class Engine:
     def waiting(self) -> int:
         """The cost of what was admitted and is not finished."""
         return sum(self._waiting.values())
+
+    def refuse_early(self) -> None:
+        """Refuses what has not been read yet, where it would be refused afterwards.
+
+        Raises:
+            Overloaded: Not long ago there was no room for a request, and there still is none.
+        """
+        with self._lock:
+            self._full &= self._waiting[False] > ROOM * self._max_waiting
+            if self._full:
+                raise self._overloaded(self._waiting[False])
 
     async def submit(
         self, jobs: Sequence[Job], *, seconds: float = math.inf, background: bool = False
@@ -241,8 +254,8 @@ class Engine:
                 raise NotReady("The service is starting or shutting down.")
             waiting = self._waiting[background]
             if waiting and waiting + cost > self._max_waiting:
-                seconds = max(1, math.ceil(waiting * self._spent / self._done))
-                raise Overloaded(waiting=waiting + cost, limit=self._max_waiting, seconds=seconds)
+                self._full |= not background
+                raise self._overloaded(waiting)
             if not self.waiting:
                 self._beat = time.monotonic()  # the thread has had nothing to come round for
             self._waiting[background] += cost
@@ -250,6 +263,10 @@ class Engine:
             for task in tasks:
                 self._inbox.put(task)
         return tasks
+
+    def _overloaded(self, waiting: int) -> Overloaded:
+        seconds = max(1, math.ceil(waiting * self._spent / self._done))
+        return Overloaded(waiting=waiting, limit=self._max_waiting, seconds=seconds)
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
@@ -467,6 +484,8 @@ AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
 TOGETHER = 16
 """Images of requests that are alike whose work is done by the same operations."""
+ROOM = 0.95
+"""Of what may wait, where a queue that was full takes requests again."""
 SWEEPING = 0.05
 """Seconds after which what waits is looked through for what nobody waits for."""
 PATIENCE = 60.0

@@ -120,7 +120,7 @@ class Overloaded(Problem):
 
     def __init__(self, *, waiting: int, limit: int, seconds: int) -> None:
         super().__init__(
-            f"Expected at most {limit} waiting particles; this request would make them {waiting}. "
+            f"Expected at most {limit} waiting particles; got one more request to {waiting}. "
             f"Try again in {seconds} s.",
             headers={"Retry-After": str(seconds)},
         )

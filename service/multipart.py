@@ -19,16 +19,19 @@ from starlette.types import Message
 
 from service.errors import BadInput, BadRequest
 
-__all__ = ["MultipartRoute"]
+__all__ = ["Handler", "MultipartRoute"]
 
 PICTURES = ("image", "mask", "truth")
 INTEGERS = ("draws", "particles", "seed")
 
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
 class MultipartRoute(APIRoute):
     """A route that takes its JSON body as a form too."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         """The handler, behind the translation of forms."""
         handle = super().get_route_handler()
 

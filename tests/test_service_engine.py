@@ -789,7 +789,35 @@ def test_more_than_may_wait_is_refused_until_there_is_room():
     assert refusal.status == 429
     assert int(refusal.headers["Retry-After"]) >= 1
     assert "at most 100" in refusal.detail
-    assert "101" in refusal.detail
+    assert "to 80" in refusal.detail
+
+
+def test_what_would_be_refused_is_refused_before_it_is_read():
+    """From a refusal on, until a twentieth of the queue is done."""
+    engine = Engine(max_waiting=100)
+    engine.start()
+
+    async def scenario() -> None:
+        gates = [threading.Event(), threading.Event()]
+        jobs = [Fake(cost=90, gate=gates[0]), Fake(cost=10, gate=gates[1])]
+        requests = [asyncio.create_task(_submit(engine, jobs[0]))]
+        await _began(jobs[0])
+        requests.append(asyncio.create_task(_submit(engine, jobs[1])))
+        await _until(lambda: engine.waiting == 100)
+        engine.refuse_early()  # it is full, but nobody has come for whom there was no room
+        with pytest.raises(Overloaded):
+            await _submit(engine, Fake())
+        with pytest.raises(Overloaded) as refusal:
+            engine.refuse_early()
+        assert "Retry-After" in refusal.value.headers
+        gates[0].set()
+        await requests[0]
+        engine.refuse_early()
+        gates[1].set()
+        await requests[1]
+
+    _run(scenario)
+    engine.stop(seconds=10)
 
 
 def test_an_idle_engine_admits_what_a_request_may_bring():

@@ -1,0 +1,228 @@
+"""What the service does under loads that it was not asked for.
+
+    python benchmarks/load.py [checkpoints/static-mnist-miss-iwem] [--only crowd …]
+        [--images 10000] [--seconds 60]
+
+- `crowd`: so many different images at once, with 1 to 1000 particles; some clients leave and some
+  requests are bad. Every answer is then compared with that of the same request alone;
+- `neighbour`: what a small request waits while one of 1,000,000 particles is worked on;
+- `overload`: ten times as many requests as can be answered, by chance;
+- `memory`: the most that the process has had, after 1000 particles and after 1,000,000.
+
+The service has one thread for the model and a processor of its own, the requests have another.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from clients import CLIENT, Answer, Load, ask, bodies, contents, running, session
+from rich.console import Console
+
+HUGE = 1_000_000
+PICTURES = 64
+BAD: list[dict[str, Any]] = [
+    {"image": "no picture"},
+    {"image": [[0.5]]},
+    {"image": [[[float("1e300")]]]},
+]
+say = Console(highlight=False).print
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = argparse.ArgumentParser()
+    options.add_argument(
+        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
+    )
+    options.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    options.add_argument("--images", type=int, default=10_000)
+    options.add_argument("--seconds", type=float, default=60.0)
+    said = options.parse_args()
+    os.sched_setaffinity(0, {CLIENT})
+    for name in said.only:
+        say(f"[bold]{name}")
+        PARTS[name](said)
+
+
+def _crowd(said: argparse.Namespace) -> None:
+    chance = random.Random(0)
+    asked = bodies(said.images, [chance.randint(1, 1000) for _ in range(said.images)])
+    bad = set(range(5, said.images, 20))
+    for index in bad:
+        asked[index] = {**asked[index], "images": [BAD[index % len(BAD)]]}
+    leaving = {index for index in range(said.images) if index % 10 == 7}  # noqa: PLR2004
+    with running(said.checkpoint, max_waiting=10**9, timeout=3600) as (url, _):
+        address = f"{url}/v1/impute"
+        together = asyncio.run(_at_once(address, contents(asked), leaving))
+        kept = [index for index in together if index not in bad]
+        alone = asyncio.run(_one_by_one(address, contents([asked[index] for index in kept])))
+    same = sum(
+        answer.status == HTTPStatus.OK and together[index].body == answer.body
+        for index, answer in zip(kept, alone, strict=True)
+    )
+    say(f"{said.images} at once: {len(leaving)} left, of the bad", end=" ")
+    say(Counter(together[index].status for index in bad if index in together))
+    say(f"{same} of the other {len(kept)} have the bytes that they have alone")
+
+
+async def _at_once(url: str, ready: list[bytes], leaving: set[int]) -> dict[int, Answer]:
+    chance = random.Random(1)
+    found: dict[int, Answer] = {}
+
+    async def one(client: aiohttp.ClientSession, index: int) -> None:
+        patience = chance.uniform(0.1, 30.0) if index in leaving else None
+        try:
+            async with asyncio.timeout(patience):
+                found[index] = await ask(client, url, ready[index])
+        except TimeoutError:
+            if patience is None:
+                raise
+
+    async with session() as client:
+        await asyncio.gather(*(one(client, index) for index in range(len(ready))))
+    return found
+
+
+async def _one_by_one(url: str, ready: list[bytes]) -> list[Answer]:
+    async with session() as client:
+        return [await ask(client, url, content) for content in ready]
+
+
+def _neighbour(said: argparse.Namespace) -> None:
+    with running(said.checkpoint) as (url, _):
+        address = f"{url}/v1/impute"
+        for particles in (64, 1000):
+            asked = bodies(PICTURES, particles)
+            Load.closed(address, asked, connections=1, seconds=2.0)
+            idle, beside = [], []
+            for _ in range(3):
+                idle.append(Load.closed(address, asked, connections=1, seconds=8.0))
+                beside.append(asyncio.run(_beside(address, asked)))
+            for level in (0.5, 0.99):
+                before, after = (
+                    float(np.median([load.quantile(level) for load in loads]))
+                    for loads in (idle, beside)
+                )
+                say(
+                    f"K = {particles}, quantile {level}: alone {before:.1f} ms, beside "
+                    f"K = {HUGE} {after:.1f} ms, {after / before:.2f} times"
+                )
+
+
+async def _beside(url: str, asked: list[dict[str, Any]]) -> Load:
+    """Small requests, one after another, as long as a huge one is worked on."""
+    (huge,) = contents(bodies(1, HUGE))
+    answers: list[Answer] = []
+    async with session() as client:
+        working = asyncio.create_task(ask(client, url, huge))
+        await asyncio.sleep(0.5)
+        started = time.perf_counter()
+        for content in contents(asked) * 1000:
+            answer = await ask(client, url, content)
+            if working.done():
+                break
+            answers.append(answer)
+        await working
+        return Load(answers, time.perf_counter() - started)
+
+
+def _overload(said: argparse.Namespace) -> None:
+    asked = bodies(PICTURES, 1000)
+    with running(said.checkpoint, max_waiting=400_000) as (url, process):
+        address = f"{url}/v1/impute"
+        peak = Load.closed(address, asked, connections=64, seconds=said.seconds / 4).rate
+        watched = asyncio.run(_watched(url, process, contents(asked), 10 * peak, said.seconds))
+    answers, probes, sizes = watched
+    within = [answer for answer in answers if answer.status == HTTPStatus.OK]
+    statuses = Counter(answer.status for answer in answers)
+    told = sum(
+        "Retry-After" in answer.headers
+        for answer in answers
+        if answer.status == HTTPStatus.TOO_MANY_REQUESTS
+    )
+    say(f"peak {peak:.1f} results/s; offered {10 * peak:.0f}/s: statuses {dict(statuses)}")
+    say(f"with Retry-After: {told} of {statuses[HTTPStatus.TOO_MANY_REQUESTS]}")
+    say(f"goodput {len(within) / said.seconds / peak:.2f} of the peak")
+    say(
+        f"memory {min(sizes) / 2**20:.0f} to {max(sizes) / 2**20:.0f} MB; "
+        f"/health/ready median {1000 * float(np.median(probes)):.1f} ms, "
+        f"at most {1000 * max(probes):.1f} ms of {len(probes)}"
+    )
+
+
+async def _watched(
+    url: str, process: int, ready: list[bytes], rate: float, seconds: float
+) -> tuple[list[Answer], list[float], list[int]]:
+    """What came within the time, how long readiness took, and the memory."""
+    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
+    answers: list[Answer] = []
+    probes: list[float] = []
+    sizes: list[int] = []
+    started = time.perf_counter()
+
+    async with session() as client:
+
+        async def one(content: bytes) -> None:
+            answers.append(await ask(client, f"{url}/v1/impute", content))
+
+        async def probe() -> None:
+            while True:
+                await asyncio.sleep(0.1)
+                begun = time.perf_counter()
+                async with client.get(f"{url}/health/ready") as answer:
+                    answer.raise_for_status()
+                probes.append(time.perf_counter() - begun)
+                if time.perf_counter() - started > seconds / 4:  # the queue is full by then
+                    sizes.append(_memory(process, "VmRSS"))
+
+        probing = asyncio.create_task(probe())
+        requests: list[asyncio.Task[None]] = []
+        for index, gap in enumerate(np.cumsum(gaps)):
+            at = started + gap
+            if (wait := at - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            requests.append(asyncio.create_task(one(ready[index % len(ready)])))
+        sending, within = time.perf_counter() - started, len(answers)
+        probing.cancel()
+        await asyncio.gather(*requests)
+        say(f"{len(requests) / sending:.0f}/s were sent in {sending:.0f} s")
+        say(f"{len(answers) - within} answers came after the end")
+        return answers[:within], probes, sizes
+
+
+def _memory(process: int, what: str) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    (size,) = (line.split()[1] for line in lines if line.startswith(what))
+    return 1024 * int(size)
+
+
+def _peak(said: argparse.Namespace) -> None:
+    before = 0
+    for particles in (1000, HUGE):
+        with running(said.checkpoint) as (url, process):
+            Load.closed(f"{url}/v1/impute", bodies(1, particles), connections=1, seconds=1.0)
+            most = _memory(process, "VmHWM") / 2**20
+        more = f", {most - before:+.1f} MB" if before else ""
+        say(f"K = {particles}: at most {most:.0f} MB{more}")
+        before = most
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "crowd": _crowd,
+    "neighbour": _neighbour,
+    "overload": _overload,
+    "memory": _peak,
+}
+
+if __name__ == "__main__":
+    main()
