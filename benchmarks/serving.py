@@ -261,7 +261,7 @@ def _sides(folder: Path) -> Generator[dict[str, Side]]:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if name in SERVERS else subprocess.PIPE,
                 text=True,
                 start_new_session=True,
             )

@@ -1,6 +1,7 @@
 """The application: what it is built from, what lives as long as it, and how failures leave it."""
 
 import asyncio
+import gc
 import json
 import logging
 import reprlib
@@ -72,6 +73,8 @@ def _lifespan(
             max_waiting=settings.max_waiting,
         )
         engine.start()
+        gc.collect()
+        gc.freeze()  # libraries and models stay: a collection shall not walk them while all wait
         try:
             with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
                 yield api.State(

@@ -10,6 +10,7 @@ for is begun again with fewer beside it.
 """
 
 import asyncio
+import ctypes
 import logging
 import math
 import queue
@@ -18,6 +19,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence, Set
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,6 +185,7 @@ class Engine:
 
     def start(self) -> None:
         """Begins to admit jobs."""
+        _keep_memory()
         self._thread.start()
         self._open = True
 
@@ -480,6 +483,21 @@ class Engine:
         return time.monotonic() - self._beat
 
 
+def _keep_memory() -> None:
+    """Tells the C library to keep what is freed for the next stage.
+
+    By default it gives the arrays of every stage back to the system, which has to find and clear
+    them anew: a fifth of the time where images are worked on together. Other libraries than
+    glibc are left as they are.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in MALLOPT.items():
+            mallopt(option, value)
+
+
+MALLOPT = {-8: 1, -3: 2**25, -1: 2**31 - 1}
+"""Of malloc.h: one arena; bytes from which memory is not kept; bytes that may be kept."""
 AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
 TOGETHER = 16
