@@ -106,9 +106,10 @@ class Visit:
     clock: Clock = field(default_factory=Clock)
 
     async def model(self, name: str | None) -> Model:
-        """The model that is meant, away from the event loop: it may have to be read."""
+        """The model that is meant; one that has to be read is, away from the event loop."""
+        models = self.here["models"]
         chosen = self.here["default_model"] if name is None else name
-        return await asyncio.to_thread(self.here["models"].get, chosen)
+        return models.at_hand(chosen) or await asyncio.to_thread(models.get, chosen)
 
     async def in_pool(self, part: str, work: Callable[..., T], *arguments: Any) -> T:
         """Reading and writing pictures, away from the event loop."""
@@ -135,7 +136,7 @@ class Visit:
         return answers.results
 
 
-def _visit(request: Request, timeout: TimeoutMs = None) -> Visit:
+async def _visit(request: Request, timeout: TimeoutMs = None) -> Visit:
     here = cast("State", request.state)
     asked = math.inf if timeout is None else timeout / 1000
     return Visit(request, here, min(asked, here["timeout"]))

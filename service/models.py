@@ -83,6 +83,11 @@ class Models:
                 f"Expected the default model {default} in {self._folder}; got: {error}"
             ) from error
 
+    def at_hand(self, name: str) -> Model | None:
+        """A model that has been read and is as its folder now is; None where there is none."""
+        version = self._version(name)
+        return None if version is None else self._known(name, version)
+
     def get(self, name: str) -> Model:
         """A model as its folder now is, or as it last could be trusted.
 
