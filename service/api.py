@@ -136,9 +136,9 @@ class Visit:
         return answers.results
 
 
-async def _visit(request: Request, timeout: TimeoutMs = None) -> Visit:
+async def _visit(request: Request, limit: TimeoutMs = None) -> Visit:
     here = cast("State", request.state)
-    asked = math.inf if timeout is None else timeout / 1000
+    asked = math.inf if limit is None else limit / 1000
     return Visit(request, here, min(asked, here["timeout"]))
 
 
