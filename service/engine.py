@@ -137,6 +137,11 @@ class _Group:
         return _overdue(self.tasks[0])
 
 
+def _stages(tasks: list[_Task]) -> Stages[list[Any]]:
+    """Their work, which fails in its first stage where it cannot even be begun."""
+    return (yield from tasks[0].job.together([task.job for task in tasks]))
+
+
 def _overdue(task: _Task) -> bool:
     return task.came < time.monotonic() - PATIENCE
 
@@ -324,9 +329,8 @@ class Engine:
         while room > 0 and (taken := self._next(room)):
             tasks = [task for task in taken if not self._ended(task, begun=False)]
             if tasks:
-                stages = tasks[0].job.together([task.job for task in tasks])
                 places = {id(task): place for place, task in enumerate(tasks)}
-                self._groups.append(_Group(tasks, stages, places, tasks[0].kind))
+                self._groups.append(_Group(tasks, _stages(tasks), places, tasks[0].kind))
                 room -= len(tasks)
 
     def _next(self, room: int) -> list[_Task]:

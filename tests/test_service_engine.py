@@ -200,6 +200,38 @@ def test_a_job_that_fails_fails_alone(
     assert (engine.waiting, engine.ready) == (0, True)
 
 
+def test_work_that_cannot_be_begun_fails_alone(engine: Engine):
+    """Where a job has no stages to give, and where it does not know its cost or its like."""
+
+    class Broken(Fake):
+        @staticmethod
+        def together(jobs: Sequence[Fake]) -> Generator[None, None, list[Fake]]:  # noqa: ARG004
+            raise ValueError
+
+    class Unknown(Fake):
+        @property
+        def alike(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+            raise ValueError
+
+        @alike.setter
+        def alike(self, _value: Any) -> None: ...
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = Fake(blocks=2, gate=gate)
+        requests = [asyncio.create_task(_submit(engine, first))]
+        await _began(first)
+        jobs = [Broken(), Fake(blocks=3), Unknown(), Fake()]
+        requests += [asyncio.create_task(_submit(engine, job)) for job in jobs]
+        await _until(lambda: engine.waiting == 4)
+        gate.set()
+        kinds = [type(each) for each in await asyncio.gather(*requests, return_exceptions=True)]
+        assert kinds == [list, Failed, list, ValueError, list]
+
+    _run(scenario)
+    assert engine.waiting == 0
+
+
 def test_the_failure_of_an_image_ends_its_request(engine: Engine):
     """The other images of the same request are not worked on for nobody."""
 
