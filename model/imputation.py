@@ -134,15 +134,17 @@ class _Posterior:
         assert block.parameters is not None
         log_w, share = block.log_weights, self.sums.share(block.log_weights)
         likelihood = self.asked.model.likelihood
+        mean = square = self.mean.update(log_w, likelihood.mean(block.parameters), share)
+        if not likelihood.binary:  # of which x² = x
+            values = likelihood.mean_square(block.parameters)
+            square = self.mean_square.update(log_w, values, share)
         return replace(
             self,
             sums=self.sums.update(log_w),
             chosen=self._moved(self.chosen, block, share, "slot", index),
             mixed=self._moved(self.mixed, block, share, "mixed", index),
-            mean=self.mean.update(log_w, likelihood.mean(block.parameters), share),
-            mean_square=self.mean_square.update(
-                log_w, likelihood.mean_square(block.parameters), share
-            ),
+            mean=mean,
+            mean_square=square,
         )
 
     def _moved(self, slots: Slots, block: Block, share: Tensor, purpose: str, index: int) -> Slots:
