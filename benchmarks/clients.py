@@ -194,13 +194,13 @@ def until_ready(url: str, process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def running(checkpoint: Path, **settings: Any) -> Generator[tuple[str, int]]:
-    """A service with one thread for the model, on a processor of its own: where, and its pid."""
+    """A service with one thread for the model, on both processors: where, and its pid."""
     port = free_port()
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1"]
     told = {"checkpoints": checkpoint.parent, "model": checkpoint.name, **settings}
     environment = {f"MISS_IWEM_{name.upper()}": str(value) for name, value in told.items()}
     process = subprocess.Popen(
-        ["taskset", "--cpu-list", str(SERVER), *command],
+        ["taskset", "--cpu-list", f"{SERVER},{CLIENT}", *command],
         env={**os.environ, **environment},
         text=True,
         stdout=subprocess.DEVNULL,
