@@ -111,9 +111,17 @@ class Visit:
         chosen = self.here["default_model"] if name is None else name
         return models.at_hand(chosen) or await asyncio.to_thread(models.get, chosen)
 
-    async def in_pool(self, part: str, work: Callable[..., T], *arguments: Any) -> T:
-        """Reading and writing pictures, away from the event loop."""
+    async def coded(
+        self, part: str, work: Callable[..., T], *arguments: Any, pictures: int, shape: codec.Shape
+    ) -> T:
+        """Reading or writing so many pictures: where there is little of it, here and now.
+
+        Otherwise it is done away from the event loop, which takes a lone request a millisecond.
+        """
+        length = int(self.request.headers.get("content-length", LITTLE))
         with self.clock.part(part):
+            if length + pictures * math.prod(shape) <= LITTLE:
+                return work(*arguments)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.here["codecs"], work, *arguments)
 
@@ -134,6 +142,10 @@ class Visit:
             left.cancel()
         self.clock.parts |= {"queue": answers.waited, "compute": answers.worked}
         return answers.results
+
+
+LITTLE = 2**14
+"""Bytes that came, and numbers of the pictures."""
 
 
 async def _visit(request: Request, limit: TimeoutMs = None) -> Visit:
@@ -251,7 +263,13 @@ async def impute(
     done: list[Imputation] = await visit.results(jobs)
     work = _picture if as_picture else _imputed
     only = [picture for picture, _ in pictures]
-    answer = await visit.in_pool("encode", work, body, model, seed, only, done)
+    answer = await visit.coded(
+        "encode",
+        work,
+        *(body, model, seed, only, done),
+        pictures=len(jobs) * (len(body.outputs) + body.draws + len(body.levels)),
+        shape=model.card.architecture.image_shape,
+    )
     answer.headers.update(visit.clock.header)
     return answer
 
@@ -319,8 +337,11 @@ async def samples(
     model = await visit.model(body.model)
     seed = _seed(body.seed)
     (drawn,) = await visit.results([Sample(model=model, count=body.count, seed=seed)])
-    encoded = await visit.in_pool(
-        "encode", lambda: [codec.encode(image, body.encoding) for image in drawn]
+    encoded = await visit.coded(
+        "encode",
+        lambda: [codec.encode(image, body.encoding) for image in drawn],
+        pictures=body.count,
+        shape=model.card.architecture.image_shape,
     )
     response.headers.update(visit.clock.header)
     return schemas.SamplesResponse(model=model.name, samples=encoded, seed=seed)
@@ -420,7 +441,7 @@ async def _read(
             pictures.append((picture, known))
         return pictures
 
-    return await visit.in_pool("decode", read)
+    return await visit.coded("decode", read, pictures=3 * len(items), shape=shape)
 
 
 def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
