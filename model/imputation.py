@@ -32,7 +32,7 @@ from model.noise import Source
 from model.proposal import Proposal
 from model.weights import Mean, Slots, WeightSums
 
-__all__ = ["Completions", "impute", "rows"]
+__all__ = ["Completions", "impute", "mixed", "rows"]
 
 FURTHER = 7
 """Transitions of each chain after the last temperature, which make its states eight."""
@@ -77,7 +77,7 @@ def impute(
     if estimator not in ROWS:
         raise ValueError(f"Expected an estimator of {', '.join(ROWS)}; got {estimator!r}.")
     asked = Asked(model, images, noise, particles, proposal)
-    fold = _Posterior.empty(asked, draws, MIXED if levels else 0)
+    fold = _Posterior.empty(asked, draws, mixed(model, levels))
     if estimator == "annealed" and model.exact is None:
         found = yield from chains(asked, further=FURTHER)
         for index, latents in enumerate(found.latents.unbind(1)):
@@ -95,9 +95,14 @@ def impute(
     return fold.completions(levels, log_likelihood)
 
 
-def rows(estimator: str, particles: int, *, draws: int, quantiles: bool) -> int:
+def mixed(model: LatentVariableModel, levels: Sequence[float]) -> int:
+    """Latents that the quantiles need; those of binary pixels are known from the mean."""
+    return MIXED if levels and not model.likelihood.binary else 0
+
+
+def rows(estimator: str, particles: int, *, resampled: int) -> int:
     """What completions cost beside the proposal, in rows of the decoder."""
-    return cost(estimator, particles) + ROWS[estimator] + draws + quantiles * MIXED
+    return cost(estimator, particles) + ROWS[estimator] + resampled
 
 
 ROWS = {"importance": 0, "annealed": (FURTHER + 1) * CHAINS * (3 * LEAPFROGS + 1)}

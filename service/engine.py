@@ -250,10 +250,11 @@ class Engine:
     def _admit(self, jobs: Sequence[Job], *, until: float, background: bool) -> list[_Task]:
         cost = sum(job.cost for job in jobs)
         if cost > self._max_request:
+            most = max(PREPARATION.values())
             raise TooLarge.of(
                 "particles",
                 f"at most {self._max_request} in a request, over all its images, each with "
-                f"whole blocks of {BLOCK}, {PREPARATION} more of them, and its draws",
+                f"whole blocks of {BLOCK}, up to {most} more of them, and its draws",
                 str(cost),
             )
         tasks = [_Task(job, until, background) for job in jobs]

@@ -122,11 +122,10 @@ class Impute:
     @property
     def cost(self) -> int:
         """Rows that the decoder will see."""
-        return PREPARATION_ROWS + imputation.rows(
+        return PREPARATION[self.quality] * BLOCK + imputation.rows(
             QUALITIES[self.quality].estimator,
             self.particles,
-            draws=self.draws,
-            quantiles=bool(self.levels),
+            resampled=self.draws + imputation.mixed(self.model.network, self.levels),
         )
 
     @property
@@ -195,7 +194,7 @@ class Score:
     def cost(self) -> int:
         """Rows that the decoder will see."""
         truth, way = self.truth is not None, self._way
-        proposals = estimators.looks(way, truth=truth) * PREPARATION_ROWS
+        proposals = estimators.looks(way, truth=truth) * PREPARATION[self.quality] * BLOCK
         return estimators.assessment_rows(way, self.particles, truth=truth) + proposals
 
     @property
@@ -289,9 +288,8 @@ STOPPING = ("importance", "prior", "adaptive")
 """The estimators that draw no more particles than a tolerance takes."""
 FEWEST = {name: order * BLOCK + 1 for name, order in estimators.ORDERS.items()}
 """Particles that an estimator needs, where it needs more than one."""
-PREPARATION = 16
+PREPARATION: dict[Quality, int] = {"fast": 1, "standard": 16, "high": 16}
 """Blocks that an image's proposal costs before its first particle, most of them derivatives."""
-PREPARATION_ROWS = PREPARATION * BLOCK
 
 
 def _incomplete(

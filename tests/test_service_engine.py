@@ -898,7 +898,7 @@ def test_a_job_costs_the_rows_that_the_decoder_sees(
 
     for job, blocks, proposals in ((impute, block + 3, 1), (score, looks * block, looks)):
         cost, rows = _cost_and_rows(job)
-        assert cost == blocks + proposals * PREPARATION * BLOCK
+        assert cost == blocks + proposals * PREPARATION["standard"] * BLOCK
         assert blocks < rows <= cost
 
 
