@@ -84,7 +84,7 @@ def diagnostics(found: dict[str, Any], path: Path) -> None:
 
 
 def _calibrated(curve: Axes, ranks: Axes, each: dict[str, Any]) -> None:
-    name, counts = each["mask"], each["rank_counts"]
+    name, counts = f"{each['mask']}, {each['of']}", each["rank_counts"]
     if "predicted" in each:
         error = each["expected_calibration_error"]
         curve.plot(each["predicted"], each["came_true"], ".-", label=f"{name}, error {error}")

@@ -235,6 +235,7 @@ class _Test:
         """What the latents do, what the ELBO loses, and what comes true of what is predicted."""
         truth, model = self.truth[:images], self.read.model
         use = latent_use(model, hide(truth, masks[0], self.seed), Noise(self.seed).at("use"))
+        own = model.sample(len(truth), Noise(self.seed).at("own"))
         found: dict[str, Any] = {
             "images": len(truth),
             "mask": masks[0],
@@ -242,7 +243,10 @@ class _Test:
             "active_units": use.active,
             "variance_of_means": _rounded(use.variance),
             "divergences": None if use.divergence is None else _rounded(use.divergence),
-            "calibration": [self._coming_true(images, m, particles=particles) for m in masks[:2]],
+            "calibration": [
+                *(self._coming_true(truth, spec, "test images", particles) for spec in masks[:2]),
+                self._coming_true(own, masks[0], "its own samples", particles),
+            ],
             "anomaly": self._anomaly(masks[0], particles=particles),
             "seed": self.seed,
         }
@@ -250,9 +254,11 @@ class _Test:
             found["gaps"] = self._gaps(masks[0], particles=particles)
         return found
 
-    def _coming_true(self, images: int, spec: str, *, particles: int) -> dict[str, Any]:
-        """Whether missing pixels, and the ink of whole images, are as they were said to be."""
-        truth = self.truth[:images]
+    def _coming_true(self, truth: Tensor, spec: str, of: str, particles: int) -> dict[str, Any]:
+        """Whether missing pixels, and the ink of whole images, are as they were said to be.
+
+        Of the model's own samples they are if the inference is right, whatever the model is.
+        """
         hidden = hide(truth, spec, self.seed)
 
         def work(index: Int[Tensor, " chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,6 +272,7 @@ class _Test:
         counts = rank.bincount(minlength=DRAWS + 1).view(RANK_BINS, -1).sum(1).tolist()
         inside = (rank >= OUTSIDE) & (rank <= DRAWS - OUTSIDE)
         found: dict[str, Any] = {
+            "of": of,
             "mask": spec,
             "particles": particles,
             "quality": "auto",

@@ -94,11 +94,13 @@ def test_the_readme_gives_the_likelihood_of_the_card() -> None:
 
 def test_the_readme_gives_the_calibration_of_the_card() -> None:
     """The README's calibration errors and coverage are the card's, rounded."""
-    three, six = SHIPPED.results["diagnostics"]["calibration"]
+    three, six, own = SHIPPED.results["diagnostics"]["calibration"]
 
     assert f"**{three['expected_calibration_error']:.3f}** with 3 patches" in README
     assert f"**{six['expected_calibration_error']:.3f}** with 6" in README
     assert f"**{100 * three['coverage']:.1f}%** have" in README
+    assert f"χ² over the ranks: p = {three['rank_p_value']:.0e}" in README
+    assert f"p = {own['rank_p_value']}" in README
 
 
 def checkpoint_row(card: Card) -> str:

@@ -100,7 +100,11 @@ def test_diagnostics_go_into_the_card_and_can_be_drawn(folder: Path, tmp_path: P
     found = checkpoint.read_card(folder).results["diagnostics"]
     diagnostics(found, tmp_path / "plot.png")
 
-    assert [each["mask"] for each in found["calibration"]] == ["half", "mcar:0.5"]
+    assert [(each["mask"], each["of"]) for each in found["calibration"]] == [
+        ("half", "test images"),
+        ("mcar:0.5", "test images"),
+        ("half", "its own samples"),
+    ]
     for each in found["calibration"]:
         assert sum(each["rank_counts"]) == 30
         assert 0 <= each["expected_calibration_error"] <= 1
