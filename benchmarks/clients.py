@@ -31,11 +31,13 @@ __all__ = [
     "SERVER",
     "Answer",
     "Load",
+    "arriving",
     "ask",
     "bodies",
     "contents",
     "free_port",
     "running",
+    "serve_command",
     "session",
     "until_ready",
 ]
@@ -83,6 +85,8 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    at: float
+    """When it was there; of time.perf_counter()."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,13 @@ class Load:
     """What came of many."""
 
     answers: list[Answer]
+    started: float
     seconds: float
+
+    def within(self, seconds: float) -> "Load":
+        """What came in the first seconds."""
+        came = [answer for answer in self.answers if answer.at < self.started + seconds]
+        return Load(came, self.started, seconds)
 
     @property
     def good(self) -> list[Answer]:
@@ -142,7 +152,8 @@ async def ask(
     begun = time.perf_counter() if since is None else since
     async with client.post(url, data=content) as answer:
         body = await answer.read()
-        return Answer(time.perf_counter() - begun, answer.status, answer.headers, body)
+        there = time.perf_counter()
+        return Answer(there - begun, answer.status, answer.headers, body, there)
 
 
 async def _closed(url: str, ready: list[bytes], connections: int, seconds: float) -> Load:
@@ -157,20 +168,28 @@ async def _closed(url: str, ready: list[bytes], connections: int, seconds: float
                 index += connections
 
         await asyncio.gather(*(again_and_again(first) for first in range(connections)))
-        return Load(answers, time.perf_counter() - started)
+        return Load(answers, started, time.perf_counter() - started)
 
 
 async def _opened(url: str, ready: list[bytes], rate: float, seconds: float) -> Load:
-    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
     async with session() as client:
-        requests: list[asyncio.Task[Answer]] = []
-        started = time.perf_counter()
-        for index, at in enumerate(started + np.cumsum(gaps)):
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            content = ready[index % len(ready)]
-            requests.append(asyncio.create_task(ask(client, url, content, since=at)))
-        answers = await asyncio.gather(*requests)
-        return Load(list(answers), time.perf_counter() - started)
+        return await arriving(client, url, ready, rate=rate, seconds=seconds)
+
+
+async def arriving(
+    client: aiohttp.ClientSession, url: str, ready: list[bytes], *, rate: float, seconds: float
+) -> Load:
+    """What came of requests that come by chance, after the last of them."""
+    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
+    requests: list[asyncio.Task[Answer]] = []
+    started = time.perf_counter()
+    for index, at in enumerate(started + np.cumsum(gaps)):
+        if (wait := at - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        content = ready[index % len(ready)]
+        requests.append(asyncio.create_task(ask(client, url, content, since=at)))
+    answers = await asyncio.gather(*requests)
+    return Load(list(answers), started, time.perf_counter() - started)
 
 
 def free_port() -> int:
@@ -192,16 +211,24 @@ def until_ready(url: str, process: subprocess.Popen[str]) -> None:
     raise SystemExit(f"Expected an answer of {url}; got none.")
 
 
-@contextmanager
-def running(checkpoint: Path, **settings: Any) -> Generator[tuple[str, int]]:
-    """A service with one thread for the model, on both processors: where, and its pid."""
-    port = free_port()
+def serve_command(
+    checkpoint: Path, port: int, **settings: Any
+) -> tuple[list[str], dict[str, str]]:
+    """The service of this model, with one thread for it: the command and its environment."""
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1"]
     told = {"checkpoints": checkpoint.parent, "model": checkpoint.name, **settings}
-    environment = {f"MISS_IWEM_{name.upper()}": str(value) for name, value in told.items()}
+    variables = {f"MISS_IWEM_{name.upper()}": str(value) for name, value in told.items()}
+    return command, {**os.environ, **variables}
+
+
+@contextmanager
+def running(checkpoint: Path, **settings: Any) -> Generator[tuple[str, int]]:
+    """A service on both processors: where, and its pid."""
+    port = free_port()
+    command, environment = serve_command(checkpoint, port, **settings)
     process = subprocess.Popen(
         ["taskset", "--cpu-list", f"{SERVER},{CLIENT}", *command],
-        env={**os.environ, **environment},
+        env=environment,
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -26,7 +26,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from clients import CLIENT, Answer, Load, ask, bodies, contents, running, session
+from clients import CLIENT, Answer, Load, arriving, ask, bodies, contents, running, session
 from rich.console import Console
 
 HUGE = 1_000_000
@@ -34,7 +34,7 @@ PICTURES = 64
 BAD: list[dict[str, Any]] = [
     {"image": "no picture"},
     {"image": [[0.5]]},
-    {"image": [[[float("1e300")]]]},
+    {"image": [[2.5] * 28] * 28},
 ]
 say = Console(highlight=False).print
 
@@ -134,7 +134,7 @@ async def _beside(url: str, asked: list[dict[str, Any]]) -> Load:
                 break
             answers.append(answer)
         await working
-        return Load(answers, time.perf_counter() - started)
+        return Load(answers, started, time.perf_counter() - started)
 
 
 def _overload(said: argparse.Namespace) -> None:
@@ -146,21 +146,22 @@ def _overload(said: argparse.Namespace) -> None:
             return Load.closed(address, asked, connections=64, seconds=said.seconds / 4).rate
 
         before = peak()
-        watched = asyncio.run(_watched(url, process, contents(asked), 10 * before, said.seconds))
-        after = peak()
-    answers, probes, sizes = watched
-    within = [answer for answer in answers if answer.status == HTTPStatus.OK]
-    statuses = Counter(answer.status for answer in answers)
+        load, probes, sizes = asyncio.run(
+            _watched(url, process, contents(asked), 10 * before, said.seconds)
+        )
+        mean = (before + peak()) / 2
+    within = load.within(said.seconds)
+    statuses = Counter(answer.status for answer in load.answers)
     told = sum(
         "Retry-After" in answer.headers
-        for answer in answers
+        for answer in load.answers
         if answer.status == HTTPStatus.TOO_MANY_REQUESTS
     )
-    say(f"peak {before:.1f} results/s before and {after:.1f} after")
-    say(f"offered {10 * before:.0f}/s: statuses {dict(statuses)}")
+    say(f"peak {before:.1f} results/s before, {mean:.1f} the mean of before and after")
+    say(f"offered {10 * before:.0f}/s, statuses in the end {dict(statuses)}")
     say(f"with Retry-After: {told} of {statuses[HTTPStatus.TOO_MANY_REQUESTS]}")
-    rate, mean = len(within) / said.seconds, (before + after) / 2
-    say(f"goodput {rate:.1f} results/s, {rate / mean:.2f} of the mean peak")
+    say(f"in {said.seconds:.0f} s {len(within.answers)} answers")
+    say(f"goodput {within.rate:.1f} results/s, {within.rate / mean:.2f} of the mean peak")
     say(
         f"memory {min(sizes) / 2**20:.0f} to {max(sizes) / 2**20:.0f} MB; "
         f"/health/ready median {1000 * float(np.median(probes)):.1f} ms, "
@@ -171,18 +172,13 @@ def _overload(said: argparse.Namespace) -> None:
 
 async def _watched(
     url: str, process: int, ready: list[bytes], rate: float, seconds: float
-) -> tuple[list[Answer], list[float], list[int]]:
-    """What came within the time, how long readiness took, and the memory."""
-    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
-    answers: list[Answer] = []
+) -> tuple[Load, list[float], list[int]]:
+    """What came of requests by chance; meanwhile, how long readiness took, and the memory."""
     probes: list[float] = []
     sizes: list[int] = []
     started = time.perf_counter()
 
     async with session() as client:
-
-        async def one(content: bytes) -> None:
-            answers.append(await ask(client, f"{url}/v1/impute", content))
 
         async def probe() -> None:
             while True:
@@ -195,18 +191,9 @@ async def _watched(
                     sizes.append(_memory(process, "VmRSS"))
 
         probing = asyncio.create_task(probe())
-        requests: list[asyncio.Task[None]] = []
-        for index, gap in enumerate(np.cumsum(gaps)):
-            at = started + gap
-            if (wait := at - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            requests.append(asyncio.create_task(one(ready[index % len(ready)])))
-        sending, within = time.perf_counter() - started, len(answers)
+        load = await arriving(client, f"{url}/v1/impute", ready, rate=rate, seconds=seconds)
         probing.cancel()
-        await asyncio.gather(*requests)
-        say(f"{len(requests) / sending:.0f}/s were sent in {sending:.0f} s")
-        say(f"{len(answers) - within} answers came after the end")
-        return answers[:within], probes, sizes
+        return load, probes, sizes
 
 
 def _memory(process: int, what: str) -> int:

@@ -17,6 +17,7 @@ open loop, requests come by chance at 0.7 of the service's rate, whether answers
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,16 @@ from typing import Any
 import litserve
 import torch
 import uvicorn
-from clients import CLIENT, SERVER, Answer, Load, bodies, free_port, until_ready
+from clients import (
+    CLIENT,
+    SERVER,
+    Answer,
+    Load,
+    bodies,
+    free_port,
+    serve_command,
+    until_ready,
+)
 from fastapi import FastAPI, Request
 from rich.console import Console
 from rich.table import Table
@@ -133,7 +143,7 @@ def _answer(done: Completions, index: int) -> dict[str, Any]:
 
 
 def _bare(folder: Path) -> None:
-    """Is told particles, quality and seconds, a line at a time, and tells images a second."""
+    """Is told particles, quality and seconds; tells the seconds of all and of each image."""
     completer = Completer(folder)
     for line in sys.stdin:
         particles, quality, seconds = json.loads(line)
@@ -149,12 +159,7 @@ def _bare(folder: Path) -> None:
 
 
 def _service(folder: Path, port: int) -> None:
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1"]
-    environment = {
-        **os.environ,
-        "MISS_IWEM_CHECKPOINTS": str(folder.parent),
-        "MISS_IWEM_MODEL": folder.name,
-    }
+    command, environment = serve_command(folder, port)
     os.execve(sys.executable, command, environment)
 
 
@@ -248,7 +253,12 @@ class Side:
         print(json.dumps([particles, quality, seconds]), file=self.process.stdin, flush=True)
         taken, times = json.loads(self.process.stdout.readline())
         os.killpg(self.process.pid, signal.SIGSTOP)
-        return Load([Answer(each, HTTPStatus.OK, {}, b"") for each in times], taken)
+        ends = itertools.accumulate(times)
+        answers = [
+            Answer(each, HTTPStatus.OK, {}, b"", end)
+            for each, end in zip(times, ends, strict=True)
+        ]
+        return Load(answers, 0.0, taken)
 
 
 @contextmanager

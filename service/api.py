@@ -116,7 +116,7 @@ class Visit:
     ) -> T:
         """Reading or writing so many pictures: where there is little of it, here and now.
 
-        Otherwise it is done away from the event loop, which takes a lone request a millisecond.
+        Otherwise it is done away from the event loop, which takes more time but nobody else's.
         """
         length = int(self.request.headers.get("content-length", LITTLE))
         with self.clock.part(part):

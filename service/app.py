@@ -67,14 +67,14 @@ def _lifespan(
     async def lifespan(_app: FastAPI) -> AsyncGenerator[api.State]:
         models = Models(settings.checkpoints, device=settings.device, memory=settings.max_models)
         await asyncio.to_thread(models.start, settings.model)
+        gc.collect()
+        gc.freeze()  # libraries and models stay: a collection shall not walk them while all wait
         engine = Engine(
             threads=settings.threads,
             max_request=settings.max_request,
             max_waiting=settings.max_waiting,
         )
         engine.start()
-        gc.collect()
-        gc.freeze()  # libraries and models stay: a collection shall not walk them while all wait
         try:
             with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
                 yield api.State(

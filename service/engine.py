@@ -492,8 +492,7 @@ def _keep_memory() -> None:
     """Tells the C library to keep what is freed for the next stage.
 
     By default it gives the arrays of every stage back to the system, which has to find and clear
-    them anew: a fifth of the time where images are worked on together. Other libraries than
-    glibc are left as they are.
+    them anew. Other libraries than glibc are left as they are.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -512,6 +511,6 @@ ROOM = 0.95
 SWEEPING = 0.05
 """Seconds after which what waits is looked through for what nobody waits for."""
 PATIENCE = 60.0
-"""Seconds after which work in the background is done before more requests."""
+"""Seconds after which work in the background has a turn beside the requests."""
 STUCK = 30.0
 """Seconds after which an engine that has not come round is not ready: no stage takes so long."""
