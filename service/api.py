@@ -3,38 +3,25 @@
 import asyncio
 import math
 import re
-import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Annotated, Any, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
-import numpy as np
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from service import codec, schemas
-from service.codec import Picture
 from service.engine import Engine
-from service.errors import MEDIA_TYPE, BadInput, NotAcceptable, NotReady, UnknownFormat
-from service.models import Card, Model, Models
+from service.errors import MEDIA_TYPE, NotAcceptable, NotReady, UnknownFormat
+from service.models import Model, Models
 from service.multipart import Handler, MultipartRoute
-from service.work import (
-    FEWEST,
-    MAX_SEED,
-    STOPPING,
-    Estimate,
-    Imputation,
-    Impute,
-    Job,
-    Sample,
-    Score,
-    Scoring,
-    image_seed,
-)
+from service.operations import Imputing, LogLikelihood, Pictures, a_seed, read
+from service.work import Imputation, Job, Sample, Scoring
 
 __all__ = ["ClientGone", "State", "health", "router"]
 
@@ -239,35 +226,21 @@ async def impute(
     With `Accept: image/png` the answer is the one completed picture: the mean, or the draw or the
     median when that alone is in `outputs`.
     """
-    _refuse_tolerance(body.tolerance, None, body.quality)
+    Imputing.check(body)
     model = await visit.model(body.model)
-    seed = _seed(body.seed)
     as_picture = "image/png" in accept and "application/json" not in accept
     if as_picture and len(body.images) != 1:
         raise NotAcceptable.of("images", "one image for image/png", str(len(body.images)))
     pictures = await _read(visit, [(i.image, i.mask, None) for i in body.images], model)
-    jobs = [
-        Impute(
-            model=model,
-            values=picture.values,
-            missing=picture.missing,
-            particles=body.particles,
-            tolerance=body.tolerance,
-            draws=max(body.draws, int(as_picture)),
-            levels=_levels(body),
-            seed=image_seed(seed, index),
-            **_quality(body.quality),
-        )
-        for index, (picture, _) in enumerate(pictures)
-    ]
-    done: list[Imputation] = await visit.results(jobs)
-    work = _picture if as_picture else _imputed
-    only = [picture for picture, _ in pictures]
+    if as_picture:
+        body = body.model_copy(update={"draws": max(body.draws, 1)})
+    operation = Imputing(body, model, a_seed(body.seed))
+    done: list[Imputation] = await visit.results(list(map(operation.job, count(), pictures)))
     answer = await visit.coded(
         "encode",
-        work,
-        *(body, model, seed, only, done),
-        pictures=len(jobs) * (len(body.outputs) + body.draws + len(body.levels)),
+        _picture if as_picture else _imputed,
+        *(operation, body.images, pictures, done),
+        pictures=len(pictures) * (len(body.outputs) + body.draws + len(body.levels)),
         shape=model.card.architecture.image_shape,
     )
     answer.headers.update(visit.clock.header)
@@ -292,40 +265,14 @@ async def log_likelihood(
     body: schemas.LogLikelihoodRequest, visit: Visiting, response: Response
 ) -> schemas.LogLikelihoodResponse:
     """Estimate log p of the observed pixels and, given the truth, of the missing ones."""
-    if body.estimator is not None:
-        _refuse_estimator(body.estimator, body.quality, body.particles)
-    _refuse_tolerance(body.tolerance, body.estimator, body.quality)
+    LogLikelihood.check(body)
     model = await visit.model(body.model)
-    seed = _seed(body.seed)
     pictures = await _read(visit, [(i.image, i.mask, i.truth) for i in body.images], model)
-    jobs = [
-        Score(
-            model=model,
-            values=picture.values,
-            missing=picture.missing,
-            truth=None if truth is None else truth.values,
-            particles=body.particles,
-            tolerance=body.tolerance,
-            estimator=body.estimator,
-            seed=image_seed(seed, index),
-            **_quality("standard" if body.estimator else body.quality),
-        )
-        for index, (picture, truth) in enumerate(pictures)
-    ]
-    done: list[Scoring] = await visit.results(jobs)
+    operation = LogLikelihood(body, model, a_seed(body.seed))
+    done: list[Scoring] = await visit.results(list(map(operation.job, count(), pictures)))
     response.headers.update(visit.clock.header)
-    results = [
-        schemas.Scored(
-            id=item.id,
-            log_likelihood=_estimate(scoring.log_likelihood),
-            conditional=scoring.conditional and _estimate(scoring.conditional),
-            difference=scoring.difference and _estimate(scoring.difference),
-            quality=scoring.quality,
-            seed=job.seed,
-            binarised=_binarised(picture, model.card),
-        )
-        for item, job, (picture, _), scoring in zip(body.images, jobs, pictures, done, strict=True)
-    ]
+    names = [item.id for item in body.images]
+    results = list(map(operation.result, count(), names, pictures, done))
     return schemas.LogLikelihoodResponse(model=model.name, results=results)
 
 
@@ -335,7 +282,7 @@ async def samples(
 ) -> schemas.SamplesResponse:
     """Draw images from the model itself."""
     model = await visit.model(body.model)
-    seed = _seed(body.seed)
+    seed = a_seed(body.seed)
     (drawn,) = await visit.results([Sample(model=model, count=body.count, seed=seed)])
     encoded = await visit.coded(
         "encode",
@@ -394,129 +341,50 @@ async def root() -> RedirectResponse:
 router.include_router(forms)
 
 
-def _quality(asked: schemas.Quality) -> dict[str, Any]:
-    """What a job is told of the quality that was asked for."""
-    auto = asked == "auto"
-    return {"quality": "standard" if auto else asked, "escalates": auto}
-
-
-def _refuse_estimator(estimator: str, quality: str, particles: int) -> None:
-    if quality != "auto":
-        raise BadInput.of("estimator", f"none with the quality {quality}", estimator)
-    if particles < (fewest := FEWEST.get(estimator, 1)):
-        raise BadInput.of("particles", f"at least {fewest} with {estimator}", str(particles))
-
-
-def _refuse_tolerance(tolerance: float | None, estimator: str | None, quality: str) -> None:
-    if tolerance is None or (quality != "high" and (estimator is None or estimator in STOPPING)):
-        return
-    with_what = estimator or f"the quality {quality}"
-    raise BadInput.of("tolerance", f"none with {with_what}, which has one length", str(tolerance))
-
-
-def _levels(body: schemas.ImputeRequest) -> tuple[float, ...]:
-    """Those that the outputs need; the median is the last."""
-    levels = body.levels if "quantiles" in body.outputs else []
-    return (*levels, *([0.5] if "median" in body.outputs else []))
-
-
-def _seed(given: int | None) -> int:
-    return secrets.randbelow(MAX_SEED + 1) if given is None else given
-
-
-async def _read(
-    visit: Visit, items: list[tuple[Any, Any, Any]], model: Model
-) -> list[tuple[Picture, Picture | None]]:
+async def _read(visit: Visit, items: list[tuple[Any, Any, Any]], model: Model) -> list[Pictures]:
     """The pictures with their holes, and the truths where they were sent."""
     shape = model.card.architecture.image_shape
 
-    def read() -> list[tuple[Picture, Picture | None]]:
-        pictures: list[tuple[Picture, Picture | None]] = []
-        for index, (image, mask, truth) in enumerate(items):
-            field = f"images[{index}]"
-            picture = codec.read_picture(
-                image, mask, shape, field=f"{field}.image", mask_field=f"{field}.mask"
-            )
-            known = None if truth is None else _truth(truth, f"{field}.truth", shape)
-            pictures.append((picture, known))
-        return pictures
+    def work() -> list[Pictures]:
+        return [
+            read(image, mask, truth, shape, field=f"images[{index}].")
+            for index, (image, mask, truth) in enumerate(items)
+        ]
 
-    return await visit.coded("decode", read, pictures=3 * len(items), shape=shape)
-
-
-def _truth(encoded: Any, field: str, shape: codec.Shape) -> Picture:
-    truth = codec.read_picture(encoded, None, shape, field=field)
-    if truth.missing.any():
-        raise BadInput.of(field, "a complete image", f"{int(truth.missing.sum())} missing pixels")
-    return truth
+    return await visit.coded("decode", work, pictures=3 * len(items), shape=shape)
 
 
 def _imputed(
-    body: schemas.ImputeRequest,
-    model: Model,
-    seed: int,
-    pictures: list[Picture],
+    operation: Imputing,
+    items: list[schemas.Item],
+    pictures: list[Pictures],
     done: list[Imputation],
 ) -> Response:
-    results = [
-        schemas.Imputed(
-            id=item.id,
-            mean=_output("mean", body, lambda p=p, d=d: p.completed(d.mean)),
-            draws=_outputs("draws", body, p, d.draws),
-            std=_output("std", body, lambda d=d: d.std),
-            median=_output("median", body, lambda p=p, d=d: p.completed(d.quantiles[-1])),
-            quantiles=_outputs("quantiles", body, p, d.quantiles[: len(body.levels)]),
-            log_likelihood=_estimate(d.log_likelihood),
-            quality=d.quality,
-            seed=image_seed(seed, index),
-            binarised=_binarised(p, model.card),
-        )
-        for index, (item, p, d) in enumerate(zip(body.images, pictures, done, strict=True))
-    ]
-    return JSONResponse(schemas.ImputeResponse(model=model.name, results=results).model_dump())
+    names = [item.id for item in items]
+    results = list(map(operation.result, count(), names, pictures, done))
+    answer = schemas.ImputeResponse(model=operation.model.name, results=results)
+    return JSONResponse(answer.model_dump())
 
 
 def _picture(
-    body: schemas.ImputeRequest,
-    model: Model,
-    seed: int,
-    pictures: list[Picture],
+    operation: Imputing,
+    _items: list[schemas.Item],
+    pictures: list[Pictures],
     done: list[Imputation],
 ) -> Response:
     ((picture,), (imputation,)) = pictures, done
-    chosen = imputation.draws[0] if body.outputs == ["draws"] else imputation.mean
-    if body.outputs == ["median"]:
+    chosen = imputation.mean
+    if operation.options.outputs == ["draws"]:
+        chosen = imputation.draws[0]
+    if operation.options.outputs == ["median"]:
         chosen = imputation.quantiles[-1]
     headers = {
-        "X-Seed": str(seed),
-        "X-Model": quote(model.name),
+        "X-Seed": str(operation.seed),
+        "X-Model": quote(operation.model.name),
         "X-Log-Likelihood": f"{imputation.log_likelihood.value:.4f}",
         "X-Standard-Error": f"{imputation.log_likelihood.standard_error:.4f}",
         "X-Quality": imputation.quality,
     }
     return Response(
-        codec.to_png(picture.completed(chosen)), media_type="image/png", headers=headers
+        codec.to_png(picture.image.completed(chosen)), media_type="image/png", headers=headers
     )
-
-
-def _output(name: str, body: schemas.ImputeRequest, pixels: Callable[[], Any]) -> Any:
-    return codec.encode(pixels(), body.encoding) if name in body.outputs else None
-
-
-def _outputs(
-    name: str, body: schemas.ImputeRequest, picture: Picture, pixels: Iterable[np.ndarray]
-) -> list[Any] | None:
-    if name not in body.outputs:
-        return None
-    return [codec.encode(picture.completed(each), body.encoding) for each in pixels]
-
-
-def _estimate(estimate: Estimate) -> schemas.Estimate:
-    return schemas.Estimate(**asdict(estimate))
-
-
-def _binarised(picture: Picture, card: Card) -> bool:
-    if card.binarise == "none":
-        return False
-    seen = picture.values[:, ~picture.missing]
-    return bool(((seen != 0) & (seen != 1)).any())

@@ -21,7 +21,7 @@ from service.errors import BadInput, UnknownFormat
 __all__ = ["Picture", "Shape", "encode", "read_mask", "read_picture", "to_png"]
 
 Shape = tuple[int, int, int]
-Encoded = str | list[Any]
+Encoded = str | bytes | list[Any]
 NPY = b"\x93NUMPY"
 MAX_LEVEL, MASK_CUT, MAX_AXES = 255, 127, 3
 NUMBERS = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
@@ -56,7 +56,7 @@ class Picture:
 def read_picture(
     image: Encoded, mask: Encoded | None, shape: Shape, *, field: str, mask_field: str = "mask"
 ) -> Picture:
-    """The image that base64 text or nested lists hold, and which of its pixels are missing.
+    """The image that a file, its base64 text or nested lists hold, and what of it is missing.
 
     Missing is what the mask says, and besides alpha 0 and null; without a mask NaN too. What is
     under the mask may be anything.
@@ -129,7 +129,7 @@ def _content(value: Encoded, field: str) -> np.ndarray | bytes:
     """The array of nested lists or of an NPY file, or the bytes of any other file."""
     if isinstance(value, list):
         return _nested(value, field)
-    data = _base64(value, field)
+    data = value if isinstance(value, bytes) else _base64(value, field)
     return _npy(data, field) if data.startswith(NPY) else data
 
 

@@ -10,10 +10,12 @@ from service.example import IMAGE, MASK
 __all__ = [
     "Estimate",
     "Health",
+    "ImputeOptions",
     "ImputeRequest",
     "ImputeResponse",
     "Imputed",
     "Item",
+    "LogLikelihoodOptions",
     "LogLikelihoodRequest",
     "LogLikelihoodResponse",
     "ModelSummary",
@@ -123,18 +125,10 @@ class TruthItem(Item):
     )
 
 
-class ImputeRequest(Strict):
-    """Images to complete."""
+class ImputeOptions(Strict):
+    """How images are completed."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"images": [{"id": "a", "image": IMAGE, "mask": MASK}], "draws": 3, "seed": 7}
-            ]
-        }
-    )
     model: ModelName = None
-    images: list[Item] = Field(min_length=1, max_length=MAX_IMAGES)
     draws: StrictInt = Field(1, ge=0, le=MAX_DRAWS, description="Completions an image.")
     particles: Particles = 1000
     tolerance: Tolerance = None
@@ -152,19 +146,37 @@ class ImputeRequest(Strict):
     encoding: Encoding = "png"
 
 
-class LogLikelihoodRequest(Strict):
-    """Images to score."""
+class ImputeRequest(ImputeOptions):
+    """Images to complete."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"images": [{"image": IMAGE, "mask": MASK}], "seed": 7}]}
+        json_schema_extra={
+            "examples": [
+                {"images": [{"id": "a", "image": IMAGE, "mask": MASK}], "draws": 3, "seed": 7}
+            ]
+        }
     )
+    images: list[Item] = Field(min_length=1, max_length=MAX_IMAGES)
+
+
+class LogLikelihoodOptions(Strict):
+    """How images are scored."""
+
     model: ModelName = None
-    images: list[TruthItem] = Field(min_length=1, max_length=MAX_IMAGES)
     particles: Particles = 1000
     tolerance: Tolerance = None
     quality: Quality = "auto"
     estimator: EstimatorName = None
     seed: Seed = None
+
+
+class LogLikelihoodRequest(LogLikelihoodOptions):
+    """Images to score."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"images": [{"image": IMAGE, "mask": MASK}], "seed": 7}]}
+    )
+    images: list[TruthItem] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class SamplesRequest(Strict):
