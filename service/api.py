@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from service import codec, schemas
+from service.batches import Batches
 from service.engine import Engine
 from service.errors import MEDIA_TYPE, NotAcceptable, NotReady, UnknownFormat
 from service.models import Model, Models
@@ -23,7 +24,7 @@ from service.multipart import Handler, MultipartRoute
 from service.operations import Imputing, LogLikelihood, Pictures, a_seed, read
 from service.work import Imputation, Job, Sample, Scoring
 
-__all__ = ["ClientGone", "State", "health", "router"]
+__all__ = ["PROBLEMS", "ClientGone", "State", "Visiting", "health", "router"]
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ class State(TypedDict):
     timeout: float
     """Seconds that a request gets at most."""
     codecs: ThreadPoolExecutor
+    batches: Batches | None
+    """None where none are taken."""
 
 
 class ClientGone(Exception):

@@ -7,7 +7,7 @@ import logging
 import reprlib
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from importlib import metadata
 from typing import Any
@@ -18,7 +18,8 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import api, schemas
+from service import api, batch_api, schemas
+from service.batches import Batches
 from service.engine import Engine
 from service.errors import (
     MEDIA_TYPE,
@@ -32,6 +33,8 @@ from service.errors import (
 )
 from service.models import Models
 from service.settings import Settings
+from service.store import Store
+from service.worker import Worker
 
 __all__ = ["create_app"]
 
@@ -57,6 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.exception_handler(Exception)(_fault)
     app.include_router(api.router, max_body_size=settings.max_body)
     app.include_router(api.health)
+    if settings.batches:
+        app.include_router(batch_api.router)
     return app
 
 
@@ -76,18 +81,50 @@ def _lifespan(
         )
         engine.start()
         try:
-            with ThreadPoolExecutor(2, thread_name_prefix="codec") as codecs:
+            async with AsyncExitStack() as stack:
+                codecs = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="codec"))
+                batches = await stack.enter_async_context(_batches(settings, engine))
                 yield api.State(
                     engine=engine,
                     models=models,
                     default_model=settings.model,
                     timeout=settings.timeout,
                     codecs=codecs,
+                    batches=batches,
                 )
         finally:
             await asyncio.to_thread(engine.stop, seconds=settings.drain)
 
     return lifespan
+
+
+@asynccontextmanager
+async def _batches(settings: Settings, engine: Engine) -> AsyncGenerator[Batches | None]:
+    """What takes batches in, and what works on them, if that is here."""
+    if not settings.batches:
+        yield None
+        return
+    store, database = Store(settings.batches), settings.database_address
+    batches = Batches(
+        store,
+        database,
+        max_request=settings.max_request,
+        max_batch=settings.max_batch,
+        quota=settings.quota,
+        keep=HOUR * settings.results_ttl,
+    )
+    worker = Worker(store, database, engine, device=settings.device)
+    await asyncio.to_thread(worker.start if settings.work else worker.prepare)
+    sweeping = asyncio.create_task(batches.keep_clean())
+    try:
+        yield batches
+    finally:
+        sweeping.cancel()
+        await asyncio.to_thread(worker.stop)
+        batches.stop()
+
+
+HOUR = 3600
 
 
 async def _problem(_request: Request, problem: Problem) -> Response:

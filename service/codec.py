@@ -18,7 +18,7 @@ from PIL.ImageFile import ImageFile
 
 from service.errors import BadInput, UnknownFormat
 
-__all__ = ["Picture", "Shape", "encode", "read_mask", "read_picture", "to_png"]
+__all__ = ["Picture", "Shape", "encode", "read_mask", "read_picture", "to_npy", "to_png"]
 
 Shape = tuple[int, int, int]
 Encoded = str | bytes | list[Any]
@@ -96,7 +96,7 @@ def encode(pixels: np.ndarray, encoding: str) -> Any:
     if encoding == "list":
         floats = pixels / 255 if pixels.dtype == np.uint8 else pixels
         return floats.squeeze(0).tolist() if len(pixels) == 1 else floats.tolist()
-    data = to_png(pixels) if encoding == "png" else _to_npy(pixels)
+    data = to_png(pixels) if encoding == "png" else to_npy(pixels)
     return base64.b64encode(data).decode()
 
 
@@ -110,7 +110,8 @@ def to_png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _to_npy(pixels: np.ndarray) -> bytes:
+def to_npy(pixels: np.ndarray) -> bytes:
+    """The pixels, channels first or of one channel, as an NPY array."""
     out = io.BytesIO()
     np.save(out, pixels[0] if len(pixels) == 1 else pixels, allow_pickle=False)
     return out.getvalue()

@@ -3,14 +3,17 @@
     Problem
     ├── BadRequest            400  the body is not JSON, or not the form that it says it is
     ├── UnknownModel          404
+    ├── UnknownBatch          404
     ├── NotAcceptable         406  a picture was asked for, but the answer is several
+    ├── Conflict              409  not what can be done with a batch in its state
     ├── TooLarge              413  more bytes or more work than one request may bring
     ├── UnknownFormat         415  not a body, an image or an array that can be read
     ├── BadInput              422  a field with a value that it cannot have
     ├── Overloaded            429  the queue is full; Retry-After says when it will not be
     ├── Failed                500  a fault of ours
     ├── NotReady              503  starting, or shutting down
-    └── Expired               504  the time that the request had has passed
+    ├── Expired               504  the time that the request had has passed
+    └── Full                  507  no more room for batches
 
 All of them, and the framework's own, leave as RFC 9457 problem documents: `type` is stable,
 `errors` lists the fields with what was expected and what came.
@@ -24,14 +27,17 @@ __all__ = [
     "MEDIA_TYPE",
     "BadInput",
     "BadRequest",
+    "Conflict",
     "Expired",
     "Failed",
     "FieldError",
+    "Full",
     "NotAcceptable",
     "NotReady",
     "Overloaded",
     "Problem",
     "TooLarge",
+    "UnknownBatch",
     "UnknownFormat",
     "UnknownModel",
     "problem_document",
@@ -89,10 +95,22 @@ class UnknownModel(Problem):
     status, slug = 404, "unknown-model"
 
 
+class UnknownBatch(Problem):
+    """There is no batch of this id."""
+
+    status, slug = 404, "unknown-batch"
+
+
 class NotAcceptable(Problem):
     """A picture was asked for, but the answer is several."""
 
     status, slug = 406, "not-acceptable"
+
+
+class Conflict(Problem):
+    """Not what can be done with a batch in its state."""
+
+    status, slug = 409, "conflict"
 
 
 class TooLarge(Problem):
@@ -149,6 +167,12 @@ class Expired(Problem):
         super().__init__(
             f"The time for this request passed {when}. Try fewer particles or images, or later."
         )
+
+
+class Full(Problem):
+    """No more room for batches."""
+
+    status, slug = 507, "full"
 
 
 def problem_document(status: int, slug: str, detail: str, *errors: FieldError) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model import checkpoint, likelihood
-from model.checkpoint import CARD, Card, CheckpointError
+from model.checkpoint import CARD, Card, Checkpoint, CheckpointError
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import NoisePerImage
@@ -44,6 +44,10 @@ class Model:
         return (
             cpu and torch.backends.mkl.is_available() and parts.encoder == parts.decoder == "mlp"
         )
+
+    def write(self, folder: Path) -> None:
+        """Makes a checkpoint of it, for who needs this very one later."""
+        checkpoint.write(folder, Checkpoint(self.network, self.card))
 
     @property
     def bytes(self) -> int:

@@ -6,7 +6,7 @@ Requests and batches have the same ones, and so the same answers.
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,7 @@ def a_seed(given: int | None) -> int:
 class Imputing:
     """Completing images."""
 
+    Options: ClassVar = schemas.ImputeOptions
     options: schemas.ImputeOptions
     model: Model
     seed: int
@@ -137,6 +138,7 @@ class Imputing:
 class LogLikelihood:
     """Scoring images."""
 
+    Options: ClassVar = schemas.LogLikelihoodOptions
     options: schemas.LogLikelihoodOptions
     model: Model
     seed: int
@@ -188,7 +190,7 @@ class LogLikelihood:
 
 
 Operation = Imputing | LogLikelihood
-OPERATIONS: dict[str, type[Operation]] = {"impute": Imputing, "log-likelihood": LogLikelihood}
+OPERATIONS: dict[str, type[Any]] = {"impute": Imputing, "log-likelihood": LogLikelihood}
 
 
 def _quality(asked: schemas.Quality) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The wire: what requests may hold and what answers hold."""
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
@@ -8,6 +9,9 @@ from pydantic_core import PydanticCustomError
 from service.example import IMAGE, MASK
 
 __all__ = [
+    "Batch",
+    "BatchQuery",
+    "Batches",
     "Estimate",
     "Health",
     "ImputeOptions",
@@ -268,6 +272,55 @@ class SamplesResponse(BaseModel):
     model: str
     samples: list[Any]
     seed: int
+
+
+class BatchQuery(Strict):
+    """What is to be done with a batch: the options of an operation, and the kind of results."""
+
+    operation: Literal["impute", "log-likelihood"]
+    format: Literal["jsonl", "parquet", "npz", "zip"] = Field(
+        "jsonl", description="Of the results; zip is one of PNG files."
+    )
+    model: str | None = None
+    particles: int | None = None
+    tolerance: float | None = None
+    quality: str | None = None
+    seed: int | None = None
+    estimator: str | None = Field(None, description="Of log-likelihood.")
+    draws: int | None = Field(None, description="Of impute, and so are those that follow.")
+    outputs: list[str] | None = None
+    levels: list[float] | None = None
+    encoding: str | None = None
+
+
+class Batch(BaseModel):
+    """How a batch is."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    operation: str
+    options: dict[str, Any] = Field(description="All of them, with the seed.")
+    format: str
+    model: str
+    weights_sha256: str = Field(description="Of the model for all of the batch.")
+    bytes: int
+    total: int | None = Field(description="Items; null until the file has been gone through.")
+    done: int = Field(description="Items with results.")
+    failed: int = Field(description="Items with a line among the errors.")
+    rate: float | None = Field(description="Items a second.")
+    eta: float | None = Field(description="Seconds that are left at this rate.")
+    problem: str | None = Field(description="Why it failed, or what it waits for.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None = Field(description="When it is forgotten with its results.")
+
+
+class Batches(BaseModel):
+    """Some of the batches, the latest first."""
+
+    batches: list[Batch]
+    next: int | None = Field(description="The offset of the next ones; null where there are none.")
 
 
 class ModelSummary(BaseModel):

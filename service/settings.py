@@ -2,8 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "processors"]
@@ -38,10 +39,37 @@ class Settings(BaseSettings):
     max_models: PositiveInt = Field(
         2 * 2**30, description="Bytes of weights that are kept; what was used longest ago goes."
     )
+    batches: str = Field(
+        "batches",
+        description="Folder of the batches, or a bucket's address; empty where none are taken.",
+    )
+    database: str = Field(
+        "", description="PostgreSQL's address, for several workers; SQLite in the folder if empty."
+    )
+    work: bool = Field(default=True, description="Whether this process works on batches itself.")
+    max_batch: PositiveInt = Field(16 * 2**30, description="Bytes of a batch's file.")
+    quota: PositiveInt = Field(64 * 2**30, description="Bytes of all batches and their results.")
+    results_ttl: PositiveFloat = Field(
+        7 * 24.0, description="Hours after its end in which a batch and its results are kept."
+    )
     timeout: PositiveFloat = Field(
         300.0, description="Seconds that a request gets; X-Timeout-Ms asks for fewer."
     )
     drain: PositiveFloat = Field(20.0, description="Seconds that running requests get at the end.")
+
+    @model_validator(mode="after")
+    def _database_for_buckets(self) -> Self:
+        if "://" in self.batches and not self.database:
+            raise ValueError(
+                "expected a database for batches that are not in a folder; got none. "
+                "Set MISS_IWEM_DATABASE to PostgreSQL's address"
+            )
+        return self
+
+    @property
+    def database_address(self) -> str:
+        """As SQLAlchemy takes it."""
+        return self.database or f"sqlite:///{Path(self.batches).absolute() / 'batches.sqlite'}"
 
 
 def processors() -> float:

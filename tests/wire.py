@@ -70,6 +70,7 @@ def settings_for(folder: Path, **changes: Any) -> Settings:
         "device": "cpu",
         "threads": 1,
         "http_port": 0,
+        "batches": "",
     }
     return Settings(**{**given, **changes})
 

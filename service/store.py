@@ -1,0 +1,121 @@
+"""Where the files of batches are: a folder here, one that machines share, or a bucket.
+
+A file is there as a whole or not at all, whatever happens while it is written; who writes it again
+writes the same.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+__all__ = ["Store"]
+
+
+class Store:
+    """Files by their names, at an address of fsspec's."""
+
+    def __init__(self, address: str) -> None:
+        found: tuple[Any, str] = fsspec.url_to_fs(address)
+        self._files, root = found
+        self.folder = Path(root) if isinstance(self._files, LocalFileSystem) else None
+        """Where the files are, if that is on this machine."""
+        self._root = root
+        self._files.makedirs(root, exist_ok=True)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self._files.exists(self.address(name)))
+
+    def size(self, name: str = "") -> int:
+        """Bytes of a file, or of all below a name."""
+        return int(self._files.du(self.address(name), total=True)) if self.exists(name) else 0
+
+    def names(self, name: str = "") -> list[str]:
+        """What there is below a name, one level deep."""
+        if not self.exists(name):
+            return []
+        paths: list[str] = self._files.ls(self.address(name), detail=False)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, to be read."""
+        return cast("IO[bytes]", self._files.open(self.address(name), "rb"))
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or all below a name, if there are any."""
+        if self.exists(name):
+            self._files.rm(self.address(name), recursive=True)
+
+    def signed(self, name: str, *, seconds: int) -> str:
+        """An address at which a file in a bucket may be read for so long."""
+        return str(self._files.sign(self.address(name), expiration=seconds))
+
+    @contextmanager
+    def here(self, name: str) -> Generator[Path]:
+        """A file or a folder with its files as it is on this machine, for as long as this."""
+        if self.folder is not None:
+            yield self.folder / name
+            return
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            self._files.get(self.address(name), str(path), recursive=True)
+            yield path
+
+    @contextmanager
+    def begun(self) -> Generator[Path]:
+        """A path at which a file or a folder can be made; what is not placed then, is not kept."""
+        if self.folder is None:
+            with TemporaryDirectory() as folder:
+                yield Path(folder) / "begun"
+            return
+        path = self.folder / BEGUN / uuid.uuid4().hex
+        path.parent.mkdir(exist_ok=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+    def place(self, path: Path, name: str) -> None:
+        """Gives what was begun its name; a folder that is there already is as good."""
+        if self.folder is None:
+            self._files.put(str(path), self.address(name), recursive=path.is_dir())
+            return
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for file in [path] if path.is_file() else path.iterdir():
+            _sync(file)
+        with suppress(OSError) if target.is_dir() else nullcontext():
+            path.replace(target)
+        _sync(target.parent)
+
+    @contextmanager
+    def writing(self, name: str) -> Generator[Path]:
+        """A path at which a file, or a folder, is made; at the end it has its name."""
+        with self.begun() as path:
+            yield path
+            self.place(path, name)
+
+    def address(self, name: str) -> str:
+        """What fsspec calls it."""
+        return f"{self._root}/{name}" if name else self._root
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+BEGUN = ".begun"
+"""What is not there yet."""

@@ -1,0 +1,279 @@
+"""The worker: does the work of batches, to its end whatever happens.
+
+A batch is a durable workflow of DBOS's: it splits its file into parts, has a chunk of work done
+for each, and joins what came of them. Each of these is a step that leaves a whole file or none,
+and whose end is recorded in the database. Whatever is killed, what had no end is begun again,
+here or by another worker, and comes to the same bytes. The database is SQLite for the one worker
+of a service, or PostgreSQL for any number; a worker whose heartbeat stops is taken for dead, and
+its work is given to the others. If it is not dead, the same is done twice, to the same end.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import socket
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import IO, Any, TypeVar
+
+from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, WorkflowStatusString
+from dbos import WorkflowHandleAsync as Handle
+
+from service.batches import APPLICATION, BATCH, BATCHES, PROGRESS, TROUBLE, Spec
+from service.chunks import work_on
+from service.engine import Engine
+from service.errors import Failed
+from service.items import Item, read_items, read_part, write_part
+from service.models import Model, Models
+from service.store import Store
+
+__all__ = ["Worker"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+CHUNK, CHUNKS = "chunk", "chunks"
+
+
+class Worker:
+    """Does what is to be done of all batches in a database, one process of perhaps many."""
+
+    def __init__(
+        self, store: Store, database: str, engine: Engine, *, device: str = "auto"
+    ) -> None:
+        self._store, self._database, self._engine = store, database, engine
+        self._device = device
+        alone = database.startswith("sqlite")
+        self._name = "alone" if alone else f"{socket.gethostname()}-{uuid.uuid4().hex}"
+        self._models: OrderedDict[str, Model] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Makes the database what workers need, and does no work."""
+        DBOS.migrate(self._database)
+
+    def start(self) -> None:
+        """Begins what waits, and again what this worker had begun before."""
+        DBOS(
+            config=DBOSConfig(
+                name=APPLICATION,
+                system_database_url=self._database,
+                serializer=DBOSPortableJSONSerializer(),
+                application_version=VERSION,
+                executor_id=self._name,
+                log_level="WARNING",
+            )
+        )
+
+        async def batch(told: dict[str, Any]) -> dict[str, int]:
+            return await self._batch(Spec(**told))
+
+        async def chunk(told: dict[str, Any], number: int, first: int) -> dict[str, Any]:
+            return await self._step(Spec(**told), CHUNK, self._chunk, number, first)
+
+        # killed a hundred times is not too often
+        DBOS.workflow(name=BATCH, max_recovery_attempts=None)(batch)
+        DBOS.workflow(name=CHUNK, max_recovery_attempts=None)(chunk)
+        DBOS.launch()
+        DBOS.register_queue(BATCHES, polling_interval_sec=POLLING)
+        DBOS.register_queue(
+            CHUNKS,
+            worker_concurrency=CHUNKS_AT_ONCE,
+            partition_worker_concurrency=CHUNKS_AT_ONCE,
+            polling_interval_sec=POLLING,
+        )
+
+    def stop(self) -> None:
+        """Leaves what was begun to who begins it again."""
+        DBOS.destroy(destroy_registry=True)
+
+    async def _batch(self, spec: Spec) -> dict[str, int]:
+        split = await self._step(spec, "split", self._split)
+        sizes: list[int] = split["sizes"]
+        progress = {
+            "total": sum(sizes),
+            "done": 0,
+            "failed": 0,
+            "since": split["at"],
+            "at": split["at"],
+        }
+        await DBOS.set_event_async(PROGRESS, progress)
+        begun: deque[Handle[dict[str, Any]]] = deque()
+        for number, first in enumerate(itertools.accumulate([0, *sizes[:-1]])):
+            if len(begun) == WINDOW:
+                progress = await self._ended(begun.popleft(), progress)
+            begun.append(
+                await DBOS.enqueue_workflow_with_options_async(
+                    {
+                        "workflow_name": CHUNK,
+                        "queue_name": CHUNKS,
+                        "workflow_id": f"{spec.id}-{number}",
+                        "queue_partition_key": spec.id,
+                    },
+                    vars(spec),
+                    number,
+                    first,
+                )
+            )
+        while begun:
+            progress = await self._ended(begun.popleft(), progress)
+        await self._step(spec, "join", self._join, len(sizes))
+        await self._step(spec, "clear", self._clear)
+        return {"done": progress["done"], "failed": progress["failed"]}
+
+    @staticmethod
+    async def _ended(chunk: Handle[dict[str, Any]], progress: dict[str, Any]) -> dict[str, Any]:
+        """The progress after the end of this chunk too."""
+        came = await chunk.get_result(polling_interval_sec=POLLING)
+        for name in ("done", "failed"):
+            progress = {**progress, name: progress[name] + came[name]}
+        progress["at"] = max(progress["at"], came["at"])
+        await DBOS.set_event_async(PROGRESS, progress)
+        return progress
+
+    async def _step(
+        self, spec: Spec, name: str, work: Callable[..., Awaitable[T]], *arguments: Any
+    ) -> T:
+        """A step of the batch, again and again while the disk or the network fails."""
+
+        async def lasting() -> T:
+            for pause in itertools.chain((1, 2, 4, 8, 16), itertools.repeat(30)):
+                try:
+                    done = await work(spec, *arguments)
+                except FileNotFoundError as error:
+                    raise Failed(f"The batch's files are gone: {error}.") from error
+                except OSError as error:
+                    log.warning("Batch %s, %s: %s", spec.id, name, error)
+                    await _tell(spec.id, f"It is tried again: {name} failed ({error}).")
+                    await asyncio.sleep(pause)
+                else:
+                    if pause > 1:
+                        await _tell(spec.id, None)
+                    return done
+            raise AssertionError
+
+        return await DBOS.run_step_async({"name": name}, lasting)
+
+    async def _split(self, spec: Spec) -> dict[str, Any]:
+        """Writes the items in parts, and says how many each has."""
+
+        def work() -> list[int]:
+            sizes: list[int] = []
+            with self._store.here(spec.upload) as path:
+                for number, items in enumerate(_parts(read_items(path), spec.chunk)):
+                    with self._store.writing(spec.part(ITEMS, number)) as part:
+                        write_part(items, part)
+                    sizes.append(len(items))
+            return sizes
+
+        return {"sizes": await asyncio.to_thread(work), "at": time.time()}
+
+    async def _chunk(self, spec: Spec, number: int, first: int) -> dict[str, Any]:
+        """Works on a part, and says how many of its items have results."""
+
+        def taken() -> tuple[Model, list[Item]]:
+            with self._store.open(spec.part(ITEMS, number)) as file:
+                return self._model(spec), read_part(file)
+
+        model, items = await asyncio.to_thread(taken)
+        work = work_on(items, first, spec.operation_of(model), self._engine, spec.form)
+        done = await _while_wanted(spec.id, work)
+
+        def keep() -> None:
+            with self._store.writing(spec.part(ERRORS, number)) as path:
+                lines = (json.dumps(problem, ensure_ascii=False) for problem in done.problems)
+                path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with self._store.writing(spec.part(RESULTS, number)) as path:
+                spec.form.write(done.rows, path)
+
+        await asyncio.to_thread(keep)
+        return {"done": len(done.rows), "failed": len(done.problems), "at": time.time()}
+
+    async def _join(self, spec: Spec, count: int) -> None:
+        """Makes one file of all results, and one of all errors."""
+
+        def parts(kind: str) -> Iterator[IO[bytes]]:
+            for number in range(count):
+                with self._store.open(spec.part(kind, number)) as file:
+                    yield file
+
+        def work() -> None:
+            with self._store.writing(spec.errors) as path, path.open("wb") as out:
+                for part in parts(ERRORS):
+                    out.write(part.read())
+            with self._store.writing(spec.results) as path:
+                spec.form.join(lambda: parts(RESULTS), path)
+
+        await asyncio.to_thread(work)
+
+    async def _clear(self, spec: Spec) -> None:
+        """Removes what only the work needed."""
+        for name in (ITEMS, RESULTS, ERRORS, spec.fingerprint):
+            await asyncio.to_thread(self._store.remove, f"{spec.id}/{name}")
+
+    def _model(self, spec: Spec) -> Model:
+        """The batch's own model, which other batches may have too."""
+        model = self._models.get(spec.weights_sha256)
+        if model is None:
+            with self._store.here(spec.checkpoint) as folder:
+                model = Models(folder.parent, device=self._device).get(folder.name)
+            self._models[spec.weights_sha256] = model
+            while len(self._models) > MOST_MODELS:
+                self._models.popitem(last=False)
+        self._models.move_to_end(spec.weights_sha256)
+        return model
+
+
+def _parts(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
+    """The items in turn, so many together, or fewer where these are large."""
+    part: list[Item] = []
+    size = 0
+    for item in items:
+        length = sum(len(each or b"") for each in (item.image, item.mask, item.truth))
+        if part and (len(part) == most or size + length > PART_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += length
+    if part:
+        yield part
+
+
+async def _while_wanted(name: str, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work on a batch, which ends where the batch is cancelled or deleted.
+
+    A workflow that is told to end notices only at its next step, and never that it is deleted.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while True:
+            batch = await DBOS.get_workflow_status_async(name)
+            if batch is None or batch.status == CANCELLED:
+                raise Failed("The batch was cancelled.")
+            await asyncio.wait({task}, timeout=WATCHING)
+            if task.done():
+                return task.result()
+    finally:
+        task.cancel()
+
+
+async def _tell(name: str, trouble: str | None) -> None:
+    """Says in the batch's state what it waits for."""
+    await DBOS.update_workflow_attributes_async(name, {TROUBLE: trouble}, merge=True)
+
+
+ITEMS, RESULTS, ERRORS = "items", "results", "errors"
+VERSION = "1"
+"""Of the workflows: what another version has begun is not gone on with."""
+CANCELLED = WorkflowStatusString.CANCELLED.value
+WATCHING = 1.0
+"""Seconds after which it is looked whether a batch is still wanted."""
+POLLING = 0.25
+"""Seconds after which the database is asked again."""
+CHUNKS_AT_ONCE = 2
+"""Of a worker: one is read and written while the other is worked on."""
+WINDOW = 256
+"""Chunks of a batch that wait or are worked on; of other batches there are as many."""
+PART_BYTES = 32 * 2**20
+MOST_MODELS = 4
