@@ -5,6 +5,8 @@ import gc
 import json
 import logging
 import reprlib
+import signal
+import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -36,7 +38,7 @@ from service.settings import Settings
 from service.store import Store
 from service.worker import Worker
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "working"]
 
 log = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
@@ -96,6 +98,22 @@ def _lifespan(
             await asyncio.to_thread(engine.stop, seconds=settings.drain)
 
     return lifespan
+
+
+def working(settings: Settings) -> None:
+    """Works on batches and nothing else, until it is told to end by SIGTERM or SIGINT."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    engine = Engine(threads=settings.threads, max_waiting=settings.max_waiting)
+    store, database = Store(settings.batches), settings.database_address
+    worker = Worker(store, database, engine, device=settings.device)
+    engine.start()
+    worker.start()
+    log.warning("Working on the batches of %s.", settings.batches)
+    ended.wait()
+    worker.stop()
+    engine.stop(seconds=settings.drain)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service.app import create_app
+from service.app import create_app, working
 from service.settings import Settings, processors
 
 __all__ = ["app", "serve"]
@@ -41,17 +41,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
 ) -> None:
     """Serve over HTTP; every setting is also an environment variable MISS_IWEM_<NAME>."""
-    flags: dict[str, Any] = {
-        "http_host": host,
-        "http_port": port,
-        "checkpoints": checkpoints,
-        "device": device,
-        "threads": threads,
-    }
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        _fail(str(error))
+    settings = _settings(
+        http_host=host, http_port=port, checkpoints=checkpoints, device=device, threads=threads
+    )
     # uvicorn drains on SIGTERM, and then raises it again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
@@ -60,6 +52,21 @@ def serve(
         port=settings.http_port,
         timeout_graceful_shutdown=math.ceil(settings.drain),
     )
+
+
+@app.command()
+def worker(
+    *,
+    database: Annotated[str | None, typer.Option(help="PostgreSQL's address.")] = None,
+    batches: Annotated[str | None, typer.Option(help="The folder or bucket of batches.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
+) -> None:
+    """Work on batches, as one of any number; every setting is also a variable MISS_IWEM_<NAME>."""
+    settings = _settings(database=database, batches=batches, device=device, threads=threads)
+    if not settings.database or not settings.batches:
+        _fail("Expected a database and a place of batches, which workers share; got none.")
+    working(settings)
 
 
 @app.command(context_settings=PASS_ON)
@@ -290,6 +297,13 @@ def _show(results: dict[str, Any]) -> None:
 def _threads(jobs: int = 1) -> int:
     """As many as share the processors that may be used."""
     return max(1, int(processors() / jobs))
+
+
+def _settings(**flags: Any) -> Settings:
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        _fail(str(error))
 
 
 def _fail(message: str) -> NoReturn:

@@ -26,6 +26,7 @@ from service.batches import APPLICATION, BATCH, BATCHES, PROGRESS, TROUBLE, Spec
 from service.chunks import work_on
 from service.engine import Engine
 from service.errors import Failed
+from service.heartbeats import Heartbeats
 from service.items import Item, read_items, read_part, write_part
 from service.models import Model, Models
 from service.store import Store
@@ -45,8 +46,12 @@ class Worker:
     ) -> None:
         self._store, self._database, self._engine = store, database, engine
         self._device = device
-        alone = database.startswith("sqlite")
-        self._name = "alone" if alone else f"{socket.gethostname()}-{uuid.uuid4().hex}"
+        self._name, self._heartbeats = ALONE, None
+        if not database.startswith("sqlite"):
+            self._name = f"{socket.gethostname()}-{uuid.uuid4().hex}"
+            self._heartbeats = Heartbeats(
+                database, self._name, alive=lambda: engine.ready, take_over=_take_over
+            )
         self._models: OrderedDict[str, Model] = OrderedDict()
 
     def prepare(self) -> None:
@@ -83,10 +88,14 @@ class Worker:
             partition_worker_concurrency=CHUNKS_AT_ONCE,
             polling_interval_sec=POLLING,
         )
+        if self._heartbeats is not None:
+            self._heartbeats.start()
 
     def stop(self) -> None:
         """Leaves what was begun to who begins it again."""
         DBOS.destroy(destroy_registry=True)
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
 
     async def _batch(self, spec: Spec) -> dict[str, int]:
         split = await self._step(spec, "split", self._split)
@@ -240,6 +249,16 @@ def _parts(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
         yield part
 
 
+def _take_over(name: str) -> None:
+    """Lets any worker do again what this one had begun."""
+    for workflow, queue in ((BATCH, BATCHES), (CHUNK, CHUNKS)):
+        begun = DBOS.list_workflows(
+            executor_id=name, status=PENDING, name=workflow, load_input=False, load_output=False
+        )
+        if begun:
+            DBOS.resume_workflows([each.workflow_id for each in begun], queue_name=queue)
+
+
 async def _while_wanted(name: str, work: Coroutine[Any, Any, T]) -> T:
     """The result of work on a batch, which ends where the batch is cancelled or deleted.
 
@@ -266,7 +285,9 @@ async def _tell(name: str, trouble: str | None) -> None:
 ITEMS, RESULTS, ERRORS = "items", "results", "errors"
 VERSION = "1"
 """Of the workflows: what another version has begun is not gone on with."""
-CANCELLED = WorkflowStatusString.CANCELLED.value
+ALONE = "alone"
+"""The name of a worker that no other can be beside: the next one begins again what it had."""
+CANCELLED, PENDING = WorkflowStatusString.CANCELLED.value, WorkflowStatusString.PENDING.value
 WATCHING = 1.0
 """Seconds after which it is looked whether a batch is still wanted."""
 POLLING = 0.25
