@@ -26,7 +26,7 @@ format: .venv/tested-with
 lock:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "torch==2.13.0" --editable ".[train,dev]"
+	$(BIN)/pip install --quiet "torch==2.13.0" --editable ".[train,s3,dev]"
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 .venv/installed: pyproject.toml requirements.lock
@@ -35,7 +35,7 @@ lock:
 	touch $@
 
 .venv/tested-with: .venv/installed
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable ".[train,dev]"
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable ".[train,s3,dev]"
 	touch $@
 
 clean:

@@ -23,7 +23,10 @@ class Store:
     """Files by their names, at an address of fsspec's."""
 
     def __init__(self, address: str) -> None:
-        found: tuple[Any, str] = fsspec.url_to_fs(address)
+        found: tuple[Any, str] = fsspec.url_to_fs(
+            address,
+            use_listings_cache=False,  # others write there too
+        )
         self._files, root = found
         self.folder = Path(root) if isinstance(self._files, LocalFileSystem) else None
         """Where the files are, if that is on this machine."""
@@ -87,7 +90,10 @@ class Store:
     def place(self, path: Path, name: str) -> None:
         """Gives what was begun its name; a folder that is there already is as good."""
         if self.folder is None:
-            self._files.put(str(path), self.address(name), recursive=path.is_dir())
+            for file in path.iterdir() if path.is_dir() else ():
+                self._files.put_file(str(file), self.address(f"{name}/{file.name}"))
+            if path.is_file():
+                self._files.put_file(str(path), self.address(name))
             return
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

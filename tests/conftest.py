@@ -1,9 +1,12 @@
-"""The smallest models of the family, and their integrals over z by quadrature."""
+"""The smallest models of the family, their integrals over z by quadrature, and a bucket."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+import httpx
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -20,6 +23,27 @@ settings.load_profile("fixed")
 torch.compiler.set_stance("force_eager")
 # Where the tensors are this small, threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The address of a bucket on a server that speaks S3."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415  (it takes seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        assert httpx.put(f"http://{host}:{port}/some-bucket").status_code == 200
+        yield "s3://some-bucket"
+        server.stop()
 
 
 def small_model(

@@ -177,7 +177,8 @@ class Client:
 
     def once(self, method: str, address: str, **options: Any) -> httpx.Response:
         """An answer, whatever it is."""
-        return httpx.request(method, f"{self._address}{address}", timeout=10, **options)
+        url = f"{self._address}{address}"
+        return httpx.request(method, url, timeout=10, follow_redirects=True, **options)
 
     def submit(self, key: str) -> str:
         """The address of a batch, which is one though it may be sent several times."""
@@ -229,18 +230,16 @@ def test_a_service_that_is_killed_goes_on_where_it_was(folder: Path, expected: b
 
 
 @contextmanager
-def _cluster(folder: Path, database: str, workers: int) -> Generator[tuple[Client, list[Process]]]:
+def _cluster(
+    folder: Path, database: str, workers: int, **settings: Any
+) -> Generator[tuple[Client, list[Process]]]:
     port = _free_port()
+    settings["database"] = database
     with ExitStack() as stack:
-        stack.enter_context(
-            _running("serve", folder, http_port=port, database=database, work=False)
-        )
+        stack.enter_context(_running("serve", folder, http_port=port, work=False, **settings))
         yield (
             Client(port),
-            [
-                stack.enter_context(_running("worker", folder, database=database))
-                for _ in range(workers)
-            ],
+            [stack.enter_context(_running("worker", folder, **settings)) for _ in range(workers)],
         )
 
 
@@ -288,6 +287,19 @@ def test_a_worker_that_is_told_to_end_leaves_its_work_to_others(
 
         assert first.process.returncode == 0
         assert client.results(address) == expected
+
+
+def test_batches_may_be_in_a_bucket(
+    folder: Path, postgres: Postgres, bucket: str, expected: bytes
+):
+    """What workers share may be a bucket, from which clients are given what they ask for."""
+    with _cluster(folder, postgres.database(), workers=2, batches=f"{bucket}/batches") as (
+        client,
+        _,
+    ):
+        assert client.results(client.submit("bucket")) == expected
+
+    assert not (folder / "batches").exists()
 
 
 def test_a_worker_needs_a_database_that_others_can_reach(folder: Path):
