@@ -216,7 +216,7 @@ def serve_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The service of this model, with one thread for it: the command and its environment."""
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1"]
-    told = {"checkpoints": checkpoint.parent, "model": checkpoint.name, **settings}
+    told = {"checkpoints": checkpoint.parent, "model": checkpoint.name, "batches": "", **settings}
     variables = {f"MISS_IWEM_{name.upper()}": str(value) for name, value in told.items()}
     return command, {**os.environ, **variables}
 

@@ -1,0 +1,359 @@
+"""What batches cost, and what they cost requests; ratios of what is measured side by side.
+
+    python benchmarks/batches.py [checkpoints/static-mnist-miss-iwem] [--only throughput …]
+        [--images 70000] [--kills 100] [--database postgresql://…]
+
+- `throughput`: images of MNIST scored (K = 100) as a batch, and by the library in a loop without a
+  service, 16 images together; by turns, each on one processor;
+- `beside`: what a lone request takes while a batch is worked on, and otherwise;
+- `memory`: the most that the service has had after a small batch and after one of 2 GB;
+- `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL;
+- `kills`: processes are killed at random times, so many times, while one batch is worked on: the
+  service with SQLite, and with PostgreSQL two workers and the service. The results are then
+  compared with those of a batch that was left in peace.
+"""
+
+import argparse
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from clients import CLIENT, SERVER, Load, bodies, free_port, serve_command, until_ready
+from rich.console import Console
+
+from model import data
+from model.likelihood import finish
+from service import schemas
+from service.models import Models
+from service.operations import LogLikelihood, read
+from service.work import Score
+
+ASKED = {"operation": "log-likelihood", "particles": "100", "seed": "1"}
+TOGETHER, ROUNDS, HUGE = 16, 3, 2 * 10**9
+say = Console(highlight=False).print
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = argparse.ArgumentParser()
+    options.add_argument(
+        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
+    )
+    options.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    options.add_argument("--images", type=int, default=70_000)
+    options.add_argument("--kills", type=int, default=100)
+    options.add_argument("--quality", default="standard")
+    options.add_argument("--database", default="", help="An empty one of PostgreSQL's.")
+    said = options.parse_args()
+    for name in said.only:
+        say(f"[bold]{name}")
+        PARTS[name](said)
+
+
+def _images(count: int) -> np.ndarray:
+    """Of MNIST, its test set and then its training set."""
+    found = data.load("mnist")
+    pixels = torch.cat([found.test.pixels, found.train.pixels, found.validation.pixels])
+    return pixels[:count, 0].numpy()
+
+
+def _file(**arrays: Any) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+@contextmanager
+def _process(
+    words: list[str], environment: dict[str, str], processors: str
+) -> Generator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        ["taskset", "--cpu-list", processors, *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _service(
+    checkpoint: Path, folder: Path, processors: str, **settings: Any
+) -> Generator[tuple[str, subprocess.Popen[str]]]:
+    port = free_port()
+    words, environment = serve_command(checkpoint, port, batches=folder, **settings)
+    with _process(words, environment, processors) as process:
+        until_ready(f"http://127.0.0.1:{port}/health/ready", process)
+        yield f"http://127.0.0.1:{port}", process
+
+
+def _submit(url: str, content: Any, **options: str) -> str:
+    answer = httpx.post(
+        f"{url}/v1/batches", params={**ASKED, **options}, content=content, timeout=None
+    )
+    answer.raise_for_status()
+    return url + answer.headers["Location"]
+
+
+def _state(address: str) -> dict[str, Any]:
+    return httpx.get(address, timeout=60).raise_for_status().json()
+
+
+def _wait(address: str) -> dict[str, Any]:
+    while (told := _state(address))["finished_at"] is None:
+        time.sleep(0.25)
+    if told["state"] != "done":
+        raise SystemExit(f"Expected a batch that is done; got {told}.")
+    return told
+
+
+def _throughput(said: argparse.Namespace) -> None:
+    images = _images(said.images)
+    content = _file(images=images)
+    ratios: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _service(said.checkpoint, Path(folder), str(SERVER)) as (url, process),
+    ):
+        for turn in range(ROUNDS):
+            started = time.perf_counter()
+            address = _submit(url, content, quality=said.quality)
+            _wait(address)
+            batch = time.perf_counter() - started
+            process.send_signal(signal.SIGSTOP)
+            loop = _loop(said, images)
+            process.send_signal(signal.SIGCONT)
+            ratios.append(batch / loop)
+            say(f"round {turn + 1}: batch {batch:.1f} s, loop {loop:.1f} s, {ratios[-1]:.3f}")
+    say(f"{len(images)} images, {said.quality}: {np.median(ratios):.3f} times the loop (median)")
+
+
+def _loop(said: argparse.Namespace, images: np.ndarray) -> float:
+    """Seconds that the library takes for the same, from the images in memory to the numbers."""
+    os.sched_setaffinity(0, {SERVER})
+    torch.set_num_threads(1)
+    model = Models(said.checkpoint.parent, device="cpu").get(said.checkpoint.name)
+    options = schemas.LogLikelihoodOptions(
+        particles=int(ASKED["particles"]), quality=said.quality, seed=int(ASKED["seed"])
+    )
+    operation = LogLikelihood(options, model, int(ASKED["seed"]))
+    shape = model.card.architecture.image_shape
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, len(images), TOGETHER):
+            some = images[first : first + TOGETHER]
+            pictures = [read(_npy(image), None, None, shape) for image in some]
+            jobs = [operation.job(first + index, each) for index, each in enumerate(pictures)]
+            finish(Score.together(jobs))
+    taken = time.perf_counter() - started
+    os.sched_setaffinity(0, {SERVER, CLIENT})
+    return taken
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def _beside(said: argparse.Namespace) -> None:
+    content = _file(images=_images(said.images))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _service(said.checkpoint, Path(folder), f"{SERVER},{CLIENT}") as (url, _),
+    ):
+        for particles in (64, 1000):
+            asked = bodies(64, particles)
+            measured: dict[str, list[Load]] = {"alone": [], "beside": []}
+            for _ in range(ROUNDS):
+                for name, loads in measured.items():
+                    address = _submit(url, content, quality="standard") if name != "alone" else ""
+                    while address and not _state(address)["done"]:
+                        time.sleep(0.25)
+                    loads.append(
+                        Load.closed(f"{url}/v1/impute", asked, connections=1, seconds=8.0)
+                    )
+                    if address:
+                        httpx.post(f"{address}/cancel", timeout=60)
+                        time.sleep(3.0)
+            for level in (0.5, 0.99):
+                alone, beside = (
+                    float(np.median([load.quantile(level) for load in loads]))
+                    for loads in measured.values()
+                )
+                say(
+                    f"K = {particles}, quantile {level}: alone {alone:.1f} ms, beside a batch "
+                    f"{beside:.1f} ms, {beside / alone:.2f} times"
+                )
+
+
+def _memory(said: argparse.Namespace) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _service(said.checkpoint, Path(folder), f"{SERVER},{CLIENT}", max_batch=2 * HUGE) as (
+            url,
+            process,
+        ),
+    ):
+        for size in (HUGE // 100, HUGE):
+            count = size // (28 * 28 * 8)
+            path = Path(folder) / "huge.npy"
+            images = np.lib.format.open_memmap(path, "w+", np.float64, (count, 28, 28))
+            images[:] = 0.5
+            images[: len(_images(1000))] = _images(1000) / 255
+            images.flush()
+            del images
+            started = time.perf_counter()
+            with path.open("rb") as file:
+                told = _wait(_submit(url, file, quality="fast", particles="1"))
+            say(
+                f"{size / 1e6:.0f} MB, {told['done']} images in "
+                f"{time.perf_counter() - started:.0f} s: the service has had at most "
+                f"{_most(process.pid):.0f} MB"
+            )
+
+
+def _most(process: int) -> float:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"Expected the memory of process {process}; got none.")
+
+
+def _worker(said: argparse.Namespace, folder: Path, processor: int) -> Any:
+    environment = {
+        **os.environ,
+        "MISS_IWEM_BATCHES": str(folder),
+        "MISS_IWEM_DATABASE": said.database,
+        "MISS_IWEM_THREADS": "1",
+    }
+    return _process([sys.executable, "-m", "service", "worker"], environment, str(processor))
+
+
+def _workers(said: argparse.Namespace) -> None:
+    if not said.database:
+        say("not measured: no --database")
+        return
+    content = _file(images=_images(said.images))
+    rates: dict[int, float] = {}
+    for count in (1, 2):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            path = Path(folder)
+            url, _ = stack.enter_context(
+                _service(
+                    said.checkpoint,
+                    path,
+                    f"{SERVER},{CLIENT}",
+                    database=said.database,
+                    work=False,
+                )
+            )
+            for processor in (SERVER, CLIENT)[:count]:
+                stack.enter_context(_worker(said, path, processor))
+            rates[count] = _wait(_submit(url, content, quality="standard"))["rate"]
+            say(f"{count} workers: {rates[count]:.1f} images/s")
+    say(f"two workers: {rates[2] / rates[1]:.2f} times one")
+
+
+def _kills(said: argparse.Namespace) -> None:
+    content = _file(images=_images(said.images))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _service(said.checkpoint, Path(folder), f"{SERVER},{CLIENT}") as (url, _),
+    ):
+        address = _submit(url, content, quality=said.quality)
+        _wait(address)
+        expected = httpx.get(f"{address}/results", timeout=60).content
+    for database in ("", said.database)[: 2 if said.database else 1]:
+        with tempfile.TemporaryDirectory() as folder:
+            Killing(said, Path(folder), database).compare(content, expected)
+
+
+class Killing:
+    """Processes that are begun again as often as they are killed."""
+
+    def __init__(self, said: argparse.Namespace, folder: Path, database: str) -> None:
+        self._kills, self._chance = said.kills, random.Random(0)
+        self._quality = said.quality
+        self._port = free_port()
+        self._url = f"http://127.0.0.1:{self._port}"
+        words, environment = serve_command(
+            said.checkpoint, self._port, batches=folder, database=database, work=not database
+        )
+        worker = [sys.executable, "-m", "service", "worker"]
+        self._commands = [words, *([worker] * 2 if database else [])]
+        self._environment = {**environment, "MISS_IWEM_THREADS": "1"}
+        self._name = "PostgreSQL, two workers" if database else "SQLite"
+
+    def compare(self, content: bytes, expected: bytes) -> None:
+        """Says whether the results are those of a batch that was left in peace."""
+        processes = [self._start(words) for words in self._commands]
+        try:
+            until_ready(f"{self._url}/health/ready", processes[0])
+            address = _submit(self._url, content, quality=self._quality)
+            started, killed = time.perf_counter(), 0
+            while killed < self._kills:
+                time.sleep(self._chance.uniform(0.5, 8.0))
+                if self._done(address):
+                    break
+                chosen = self._chance.randrange(len(processes))
+                processes[chosen].kill()
+                processes[chosen].wait()
+                processes[chosen] = self._start(self._commands[chosen])
+                killed += 1
+            until_ready(f"{self._url}/health/ready", processes[0])
+            told = _wait(address)
+            results = httpx.get(f"{address}/results", timeout=60).content
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        say(
+            f"{self._name}: killed {killed} times in {time.perf_counter() - started:.0f} s, "
+            f"{told['done']} results, {told['failed']} failed; "
+            f"{'the same bytes' if results == expected else 'OTHER BYTES'}"
+        )
+
+    def _done(self, address: str) -> bool:
+        try:
+            return _state(address)["finished_at"] is not None
+        except httpx.HTTPError:
+            return False
+
+    def _start(self, words: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            words,
+            env=self._environment,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "throughput": _throughput,
+    "beside": _beside,
+    "memory": _memory,
+    "workers": _workers,
+    "kills": _kills,
+}
+
+if __name__ == "__main__":
+    main()
