@@ -76,11 +76,7 @@ def _lifespan(
         await asyncio.to_thread(models.start, settings.model)
         gc.collect()
         gc.freeze()  # libraries and models stay: a collection shall not walk them while all wait
-        engine = Engine(
-            threads=settings.threads,
-            max_request=settings.max_request,
-            max_waiting=settings.max_waiting,
-        )
+        engine = _engine(settings)
         engine.start()
         try:
             async with AsyncExitStack() as stack:
@@ -100,12 +96,20 @@ def _lifespan(
     return lifespan
 
 
+def _engine(settings: Settings) -> Engine:
+    return Engine(
+        threads=settings.threads,
+        max_request=settings.max_request,
+        max_waiting=settings.max_waiting,
+    )
+
+
 def working(settings: Settings) -> None:
     """Works on batches and nothing else, until it is told to end by SIGTERM or SIGINT."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    engine = Engine(threads=settings.threads, max_waiting=settings.max_waiting)
+    engine = _engine(settings)
     store, database = Store(settings.batches), settings.database_address
     worker = Worker(store, database, engine, device=settings.device)
     engine.start()

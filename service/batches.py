@@ -86,20 +86,24 @@ class Spec:
         """That of the whole batch."""
         return int(self.options["seed"])
 
-    # where its files are
+    @property
+    def work(self) -> str:
+        """Where its files are until it has ended; those of another that had its id are not."""
+        return f"{self.id}/{self.fingerprint}"
+
     @property
     def upload(self) -> str:
-        """What was handed in; two who race for an id do not overwrite each other's."""
-        return f"{self.id}/{self.fingerprint}/{UPLOAD}"
+        """What was handed in."""
+        return f"{self.work}/{UPLOAD}"
 
     @property
     def checkpoint(self) -> str:
         """The model, as it was when the batch was handed in."""
-        return f"{self.id}/{self.fingerprint}/model"
+        return f"{self.work}/model"
 
     def part(self, kind: str, number: int) -> str:
         """The items, results or errors of a chunk."""
-        return f"{self.id}/{kind}/{number:06}"
+        return f"{self.work}/{kind}/{number:06}"
 
     @property
     def results(self) -> str:
@@ -256,7 +260,7 @@ class Batches:
         )
         status = await self._status(spec.id)
         if _spec(status).fingerprint != spec.fingerprint:
-            await asyncio.to_thread(self._store.remove, f"{spec.id}/{spec.fingerprint}")
+            await asyncio.to_thread(self._store.remove, spec.work)
         return await self._same(status, spec.fingerprint)
 
     async def _same(self, status: WorkflowStatus, fingerprint: str) -> schemas.Batch:

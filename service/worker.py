@@ -67,7 +67,8 @@ class Worker:
                 serializer=DBOSPortableJSONSerializer(),
                 application_version=VERSION,
                 executor_id=self._name,
-                log_level="WARNING",
+                sys_db_pool_size=CONNECTIONS,
+                log_level="ERROR",
             )
         )
 
@@ -81,7 +82,9 @@ class Worker:
         DBOS.workflow(name=BATCH, max_recovery_attempts=None)(batch)
         DBOS.workflow(name=CHUNK, max_recovery_attempts=None)(chunk)
         DBOS.launch()
-        DBOS.register_queue(BATCHES, polling_interval_sec=POLLING)
+        DBOS.register_queue(
+            BATCHES, worker_concurrency=BATCHES_AT_ONCE, polling_interval_sec=POLLING
+        )
         DBOS.register_queue(
             CHUNKS,
             worker_concurrency=CHUNKS_AT_ONCE,
@@ -218,8 +221,7 @@ class Worker:
 
     async def _clear(self, spec: Spec) -> None:
         """Removes what only the work needed."""
-        for name in (ITEMS, RESULTS, ERRORS, spec.fingerprint):
-            await asyncio.to_thread(self._store.remove, f"{spec.id}/{name}")
+        await asyncio.to_thread(self._store.remove, spec.work)
 
     def _model(self, spec: Spec) -> Model:
         """The batch's own model, which other batches may have too."""
@@ -260,7 +262,7 @@ def _take_over(name: str) -> None:
 
 
 async def _while_wanted(name: str, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work on a batch, which ends where the batch is cancelled or deleted.
+    """The result of work on a batch, which ends where the batch has ended or is deleted.
 
     A workflow that is told to end notices only at its next step, and never that it is deleted.
     """
@@ -268,8 +270,8 @@ async def _while_wanted(name: str, work: Coroutine[Any, Any, T]) -> T:
     try:
         while True:
             batch = await DBOS.get_workflow_status_async(name)
-            if batch is None or batch.status == CANCELLED:
-                raise Failed("The batch was cancelled.")
+            if batch is None or batch.status not in (PENDING, ENQUEUED):
+                raise Failed("The batch has ended.")
             await asyncio.wait({task}, timeout=WATCHING)
             if task.done():
                 return task.result()
@@ -287,13 +289,15 @@ VERSION = "1"
 """Of the workflows: what another version has begun is not gone on with."""
 ALONE = "alone"
 """The name of a worker that no other can be beside: the next one begins again what it had."""
-CANCELLED, PENDING = WorkflowStatusString.CANCELLED.value, WorkflowStatusString.PENDING.value
+PENDING, ENQUEUED = WorkflowStatusString.PENDING.value, WorkflowStatusString.ENQUEUED.value
 WATCHING = 1.0
 """Seconds after which it is looked whether a batch is still wanted."""
 POLLING = 0.25
 """Seconds after which the database is asked again."""
-CHUNKS_AT_ONCE = 2
-"""Of a worker: one is read and written while the other is worked on."""
+CHUNKS_AT_ONCE, BATCHES_AT_ONCE = 2, 16
+"""Of a worker: one chunk is read and written while the other is worked on."""
+CONNECTIONS = 5
+"""To the database, of a worker."""
 WINDOW = 256
 """Chunks of a batch that wait or are worked on; of other batches there are as many."""
 PART_BYTES = 32 * 2**20

@@ -17,14 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import requests
-import schemathesis
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
-from schemathesis.checks import not_a_server_error
-from schemathesis.core.result import Ok
-from schemathesis.specs.openapi import checks
 
 from model import checkpoint, likelihood
 from model.estimators import ESTIMATORS
@@ -1064,44 +1058,3 @@ def test_an_answer_says_what_its_time_went_into(client: httpx.Client, path: str)
     )
     assert all(float(milliseconds) >= 0 for milliseconds in parts.values())
     assert float(parts["compute"]) > 0
-
-
-# The description
-
-
-def test_the_service_is_what_its_description_says(client: httpx.Client):
-    """Generated requests have documented statuses, types and bodies, and no faults."""
-    url = str(client.base_url).rstrip("/")
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    tested: list[str] = []
-    for result in schema.get_all_operations():
-        assert isinstance(result, Ok)
-        operation = result.ok()
-        tested.append(operation.label)
-
-        @settings(
-            max_examples=12,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-        )
-        @given(case=operation.as_strategy())
-        def holds(case: schemathesis.Case) -> None:
-            answer = case.call(session=session)
-            late = answer.status_code == 504 and "X-Timeout-Ms" in (case.headers or {})
-            case.validate_response(
-                answer,
-                checks=[
-                    *([] if late else [not_a_server_error]),
-                    checks.status_code_conformance,
-                    checks.content_type_conformance,
-                    checks.response_schema_conformance,
-                ],
-            )
-
-        with requests.Session() as session:
-            holds()
-
-    assert len(tested) == 7

@@ -18,6 +18,12 @@ import httpx
 import numpy as np
 import psycopg
 import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi import checks
 
 from tests.wire import npy, random_levels, write_checkpoint
 
@@ -306,3 +312,50 @@ def test_a_worker_needs_a_database_that_others_can_reach(folder: Path):
     """Without PostgreSQL there is nothing to be one of several of."""
     with _running("worker", folder) as worker:
         assert worker.process.wait() == 2
+
+
+def test_the_service_is_what_its_description_says(folder: Path):
+    """Generated requests have documented statuses, types and bodies, and no faults."""
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _running("serve", folder, http_port=port, max_body=2**16):
+        Client(port).ask("GET", "/health/ready")
+        tested = _hold(url)
+
+    assert len(tested) == 14
+
+
+def _hold(url: str) -> list[str]:
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    tested: list[str] = []
+    for result in schema.get_all_operations():
+        assert isinstance(result, Ok)
+        operation = result.ok()
+        tested.append(operation.label)
+
+        @settings(
+            max_examples=12,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        )
+        @given(case=operation.as_strategy())
+        def holds(case: schemathesis.Case) -> None:
+            answer = case.call(session=session)
+            late = answer.status_code == 504 and "X-Timeout-Ms" in (case.headers or {})
+            case.validate_response(
+                answer,
+                checks=[
+                    *([] if late else [not_a_server_error]),
+                    checks.status_code_conformance,
+                    checks.content_type_conformance,
+                    checks.response_schema_conformance,
+                ],
+            )
+
+        with requests.Session() as session:
+            holds()
+
+    return tested
