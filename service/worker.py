@@ -96,7 +96,7 @@ class Worker:
 
     def stop(self) -> None:
         """Leaves what was begun to who begins it again."""
-        DBOS.destroy(destroy_registry=True)
+        DBOS.destroy(destroy_registry=True, workflow_completion_timeout_sec=SETTLING)
         if self._heartbeats is not None:
             self._heartbeats.stop()
 
@@ -290,6 +290,8 @@ VERSION = "1"
 ALONE = "alone"
 """The name of a worker that no other can be beside: the next one begins again what it had."""
 PENDING, ENQUEUED = WorkflowStatusString.PENDING.value, WorkflowStatusString.ENQUEUED.value
+SETTLING = 1
+"""Seconds in which the threads that begin work end before what they begin it on."""
 WATCHING = 1.0
 """Seconds after which it is looked whether a batch is still wanted."""
 POLLING = 0.25

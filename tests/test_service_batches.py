@@ -406,8 +406,11 @@ def test_a_full_disk_is_waited_for(client: httpx.Client, monkeypatch: pytest.Mon
     assert _ended(client, batch)["done"] == COUNT
 
 
-def test_a_stopped_service_goes_on_where_it_was(models: Path, folder: Path):
+def test_a_stopped_service_goes_on_where_it_was(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What was not done when a service stopped is done by the next one; results are the same."""
+    monkeypatch.setattr(worker, "SETTLING", 1)
     with _service(models, folder) as client:
         whole = _submit(client, _npz(), particles=640)
         _ended(client, whole)
