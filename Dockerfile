@@ -17,6 +17,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
       > dependencies.txt \
  && pip --python /opt/venv/bin/python install --constraint requirements.lock --requirement dependencies.txt \
  && rm -rf /opt/venv/lib/python*/site-packages/torch/include /opt/venv/lib/python*/site-packages/torch/test \
+    /opt/venv/lib/python*/site-packages/pyarrow/include \
  && find /opt/venv/lib/python*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete \
  && find /opt/venv/lib -type d -name tests -prune -exec rm -rf {} +
 
@@ -28,7 +29,8 @@ RUN pip --python /opt/venv/bin/python wheel --no-deps --no-build-isolation --whe
 
 FROM python:3.11-slim
 RUN groupadd --gid 10001 miss-iwem \
- && useradd --uid 10001 --gid 10001 --no-create-home --no-log-init --shell /usr/sbin/nologin miss-iwem
+ && useradd --uid 10001 --gid 10001 --no-create-home --no-log-init --shell /usr/sbin/nologin miss-iwem \
+ && install --directory --owner=10001 --group=10001 /batches
 COPY --from=dependencies /opt/venv /opt/venv
 COPY checkpoints /checkpoints
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
@@ -39,6 +41,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     OMP_WAIT_POLICY=PASSIVE \
     MISS_IWEM_CHECKPOINTS=/checkpoints \
+    MISS_IWEM_BATCHES=/batches \
     MISS_IWEM_HTTP_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8000

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from model import checkpoint
 from model.checkpoint import Card
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 MODEL = (ROOT / "docs/model.md").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+PROXY = (ROOT / "haproxy.cfg").read_text()
 SHIPPED = checkpoint.read_card(ROOT / "checkpoints/static-mnist-miss-iwem")
 
 
@@ -44,6 +47,44 @@ def test_every_route_is_documented() -> None:
     paths = create_app(Settings.model_validate({})).openapi()["paths"]
 
     assert [path for path in paths if path not in API] == []
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "haproxy.cfg"])
+def test_containers_are_told_what_there_is(name: str) -> None:
+    """Every variable of ours that a container file names is a setting."""
+    named = set(re.findall(r"MISS_IWEM_(\w+)", (ROOT / name).read_text()))
+
+    assert named
+    assert named - {field.upper() for field in Settings.model_fields} == set()
+
+
+def test_one_container_starts_unless_more_are_asked_for() -> None:
+    """`docker compose up` starts the API alone; a profile has the others."""
+    assert [name for name, each in COMPOSE.items() if "profiles" not in each] == ["api"]
+
+
+def test_containers_of_ours_may_do_little() -> None:
+    """No container of ours writes to its root, has capabilities or grows without end."""
+    ours = [each for each in COMPOSE.values() if each["image"].startswith("miss-iwem:")]
+
+    assert len(ours) == 3
+    for each in ours:
+        assert each["read_only"]
+        assert each["cap_drop"] == ["ALL"]
+        assert each["security_opt"] == ["no-new-privileges:true"]
+        assert {"mem_limit", "pids_limit", "logging"} <= set(each)
+
+
+def test_who_stops_or_waits_for_a_service_waits_long_enough() -> None:
+    """Containers are given the drain, and the proxy gives a request all of its time."""
+    settings = Settings.model_validate({})
+
+    ours = [each for each in COMPOSE.values() if "build" in each]
+    graces = [float(each["stop_grace_period"].rstrip("s")) for each in ours]
+    waits = [float(seconds) for seconds in re.findall(r"timeout (?:client|server) (\d+)s", PROXY)]
+    assert min(graces) > settings.drain
+    assert len(waits) == 2
+    assert min(waits) > settings.timeout
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, *P_STEPS])

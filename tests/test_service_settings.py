@@ -20,6 +20,12 @@ OTHERS: dict[str, Any] = {
     "max_request": 2000,
     "max_waiting": 3000,
     "max_models": 4000,
+    "batches": "elsewhere",
+    "database": "postgresql://database/batches",
+    "work": False,
+    "max_batch": 5000,
+    "quota": 6000,
+    "results_ttl": 1.5,
     "timeout": 2.5,
     "drain": 1.5,
 }
