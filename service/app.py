@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -113,7 +114,10 @@ def working(settings: Settings) -> None:
     store, database = Store(settings.batches), settings.database_address
     worker = Worker(store, database, engine, device=settings.device)
     engine.start()
-    worker.start()
+    try:
+        worker.start()
+    except DBAPIError as error:
+        raise SystemExit(f"Expected a database; got: {error.orig}") from error
     log.warning("Working on the batches of %s.", settings.batches)
     ended.wait()
     worker.stop()

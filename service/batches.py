@@ -335,7 +335,7 @@ class Batches:
                 log.warning("Old batches could not be forgotten.", exc_info=True)
 
     async def sweep(self) -> None:
-        """Forgets what ended long ago, and the files of what was never begun."""
+        """Forgets what ended long ago, and the files of what was never handed in to its end."""
         before = datetime.fromtimestamp(time.time() - self._keep, UTC).isoformat()
         old = await self._ask(
             lambda: self._client.list_workflows(
@@ -349,6 +349,7 @@ class Batches:
         for name in stray & self._stray:
             await asyncio.to_thread(self._store.remove, name)
         self._stray = stray
+        await asyncio.to_thread(self._store.forget_begun, hours=UPLOADING)
 
     async def _known(self, name: str) -> WorkflowStatus | None:
         found = await self._ask(
@@ -372,6 +373,7 @@ class Batches:
         total = progress.get("total")
         left = (total - ended) / rate if rate and total and state == "running" else None
         finished = _time(status.completed_at)
+        since = int(1000 * progress["since"]) if progress else None
         trouble = (status.attributes or {}).get(TROUBLE)
         return schemas.Batch(
             id=spec.id,
@@ -389,7 +391,7 @@ class Batches:
             eta=left,
             problem=str(status.error) if status.error else trouble,
             created_at=cast("datetime", _time(status.created_at)),
-            started_at=_time(status.dequeued_at),
+            started_at=_time(since),
             finished_at=finished,
             expires_at=finished and datetime.fromtimestamp(finished.timestamp() + self._keep, UTC),
         )
@@ -463,5 +465,7 @@ FIRST = 8
 CHUNK, MOST_ITEMS = 2**18, 1024
 """The cost of a chunk and the most items of one: some seconds of work, that a crash may cost."""
 BLOCK = 2**20
+UPLOADING = 24.0
+"""Hours that an upload may take."""
 SWEEPING = 60.0
 """Seconds between looks for what is old."""

@@ -6,7 +6,9 @@ the work that was begun there to all. A claim becomes old too.
 """
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -43,9 +45,12 @@ class Heartbeats:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
+    def prepare(self) -> None:
+        """Makes the table, if there is none yet."""
+        WORKERS.create(self._engine, checkfirst=True)
+
     def start(self) -> None:
         """Begins to beat."""
-        WORKERS.create(self._engine, checkfirst=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -61,13 +66,16 @@ class Heartbeats:
         self._engine.dispose()
 
     def _run(self) -> None:
+        failed = -math.inf
         while True:
             try:
                 self._beat()
-                for name in self._old():
-                    self._bury(name)
-            except Exception:
-                log.warning("A heartbeat failed, and is tried again.", exc_info=True)
+                if time.monotonic() > failed + OLD:  # or others could not beat either
+                    for name in self._old():
+                        self._bury(name)
+            except Exception as error:
+                failed = time.monotonic()
+                log.warning("A heartbeat failed, and is tried again: %s", error)
             if self._stopping.wait(BEATING):
                 return
 

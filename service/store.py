@@ -6,6 +6,7 @@ writes the same.
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, suppress
@@ -86,6 +87,14 @@ class Store:
         finally:
             shutil.rmtree(path, ignore_errors=True)
             path.unlink(missing_ok=True)
+
+    def forget_begun(self, *, hours: float) -> None:
+        """Removes what was begun so long ago that whoever did was killed."""
+        begun = (self.folder / BEGUN).glob("*") if self.folder else ()
+        for path in begun:
+            if path.stat().st_mtime < time.time() - 3600 * hours:
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
 
     def place(self, path: Path, name: str) -> None:
         """Gives what was begun its name; a folder that is there already is as good."""

@@ -19,8 +19,10 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import IO, Any, TypeVar
 
+import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, WorkflowStatusString
 from dbos import WorkflowHandleAsync as Handle
+from sqlalchemy import event
 
 from service.batches import APPLICATION, BATCH, BATCHES, PROGRESS, TROUBLE, Spec
 from service.chunks import work_on
@@ -31,7 +33,7 @@ from service.items import Item, read_items, read_part, write_part
 from service.models import Model, Models
 from service.store import Store
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "unresolved"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,7 +61,15 @@ class Worker:
         DBOS.migrate(self._database)
 
     def start(self) -> None:
-        """Begins what waits, and again what this worker had begun before."""
+        """Begins what waits, and again what this worker had begun before.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: The database cannot be reached.
+        """
+        if self._heartbeats is not None:
+            self._heartbeats.prepare()
+        if not event.contains(sa.Engine, "handle_error", unresolved):
+            event.listen(sa.Engine, "handle_error", unresolved)
         DBOS(
             config=DBOSConfig(
                 name=APPLICATION,
@@ -277,6 +287,16 @@ async def _while_wanted(name: str, work: Coroutine[Any, Any, T]) -> T:
                 return task.result()
     finally:
         task.cancel()
+
+
+def unresolved(context: sa.ExceptionContext) -> None:
+    """A database without an address is one that is away, and is waited for.
+
+    DBOS takes it for a mistake otherwise, and leaves what it was doing; but a container that is
+    stopped has no address.
+    """
+    if "failed to resolve host" in str(context.original_exception):
+        context.is_disconnect = True
 
 
 async def _tell(name: str, trouble: str | None) -> None:

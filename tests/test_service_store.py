@@ -1,5 +1,6 @@
 """The store: files that are there as a whole or not at all, in a folder and in a bucket."""
 
+import os
 from pathlib import Path
 
 import httpx
@@ -105,3 +106,17 @@ def test_a_bucket_signs_addresses(bucket: str):
 
     assert store.folder is None
     assert httpx.get(store.signed("a", seconds=60)).content == b"content"
+
+
+def test_what_was_begun_long_ago_is_removed(tmp_path: Path):
+    """What a process left that was killed goes, and what is being written does not."""
+    store = Store(str(tmp_path))
+
+    with store.begun() as old, store.begun() as new:
+        old.mkdir()
+        (old / "weights").write_bytes(b"x")
+        new.write_bytes(b"x")
+        os.utime(old, (0, 0))
+        store.forget_begun(hours=24)
+
+        assert (old.exists(), new.exists()) == (False, True)

@@ -20,11 +20,15 @@ import psycopg
 import pytest
 import requests
 import schemathesis
+import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
+from service.worker import unresolved
 from tests.wire import npy, random_levels, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -300,6 +304,17 @@ def test_a_worker_that_is_told_to_end_leaves_its_work_to_others(
 
         assert first.process.returncode == 0
         assert client.results(address) == expected
+
+
+def test_a_database_without_an_address_is_one_that_is_away():
+    """Where a name is not known, as that of a stopped container, the connection is lost."""
+    engine = sa.create_engine("postgresql+psycopg://somebody@nowhere.invalid/some")
+    event.listen(engine, "handle_error", unresolved)
+
+    with pytest.raises(OperationalError) as away:
+        engine.connect()
+
+    assert away.value.connection_invalidated
 
 
 def test_batches_may_be_in_a_bucket(
