@@ -39,7 +39,7 @@ from model.proposal import (
     Standardised,
 )
 from model.refinement import Refinement
-from model.weights import RELIABLE_PARETO_K, WeightSums, resample
+from model.weights import RELIABLE_PARETO_K, WeightSums, log_add, resample
 
 __all__ = [
     "BLOCK",
@@ -370,9 +370,7 @@ class Predictive:
         """The sums with one more block."""
         log_w, log_p = log_weights.double(), log_missing.double()
         crossed = (2 * log_w + log_p).logsumexp(-1)
-        return Predictive(
-            self.joint.update(log_w + log_p), torch.logaddexp(self.log_sum_crossed, crossed)
-        )
+        return Predictive(self.joint.update(log_w + log_p), log_add(self.log_sum_crossed, crossed))
 
     def estimate(self, sums: WeightSums) -> Estimate:
         """The estimate of log p(x_m | x_o), given the sums of the same particles' weights."""

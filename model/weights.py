@@ -29,6 +29,7 @@ __all__ = [
     "Thinned",
     "WeightSums",
     "effective_sample_size",
+    "log_add",
     "log_mean_exp",
     "normalise",
     "pareto_k",
@@ -45,6 +46,17 @@ def log_mean_exp(
 ) -> Float[Tensor, "*batch"]:
     """The logarithm of the mean of the weights."""
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
+def log_add(
+    one: Float[Tensor, "*batch"], other: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """The logarithm of the sum of the numbers with these logarithms.
+
+    Its bits are those that each element has alone. PyTorch's own logaddexp rounds some of those
+    that fill the processor's registers otherwise than those that do not.
+    """
+    return torch.stack([one, other], -1).logsumexp(-1)
 
 
 def normalise(
@@ -84,15 +96,15 @@ class WeightSums:
         together = torch.cat([self.largest, log_w], -1)
         return WeightSums(
             self.particles + log_w.shape[-1],
-            torch.logaddexp(self.log_sum, log_w.logsumexp(-1)),
-            torch.logaddexp(self.log_sum_squares, (2 * log_w).logsumexp(-1)),
+            log_add(self.log_sum, log_w.logsumexp(-1)),
+            log_add(self.log_sum_squares, (2 * log_w).logsumexp(-1)),
             together.topk(self.largest.shape[-1], -1).values,
         )
 
     def share(self, log_weights: Float[Tensor, "batch block"]) -> Float[Tensor, " batch"]:
         """The part of the total weight that a block has, once it is added."""
         block = log_weights.double().logsumexp(-1)
-        return (block - torch.logaddexp(self.log_sum, block)).exp()
+        return (block - log_add(self.log_sum, block)).exp()
 
     @property
     def log_mean(self) -> Float[Tensor, " batch"]:

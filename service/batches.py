@@ -40,7 +40,17 @@ from service.operations import OPERATIONS, Operation, a_seed, read
 from service.results import FORMATS, Format
 from service.store import Store
 
-__all__ = ["APPLICATION", "BATCH", "BATCHES", "PROGRESS", "TROUBLE", "Batches", "Spec"]
+__all__ = [
+    "APPLICATION",
+    "BATCH",
+    "BATCHES",
+    "PROGRESS",
+    "TROUBLE",
+    "Batches",
+    "Spec",
+    "options_of",
+    "plan",
+]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,6 +69,7 @@ class Spec:
     """What a batch is, from its beginning to its end."""
 
     id: str
+    """Empty where nothing else is in its store."""
     operation: str
     options: dict[str, Any]
     """All of them, with the seed."""
@@ -89,7 +100,7 @@ class Spec:
     @property
     def work(self) -> str:
         """Where its files are until it has ended; those of another that had its id are not."""
-        return f"{self.id}/{self.fingerprint}"
+        return self.path(self.fingerprint)
 
     @property
     def upload(self) -> str:
@@ -108,12 +119,16 @@ class Spec:
     @property
     def results(self) -> str:
         """All results."""
-        return f"{self.id}/results{self.form.suffix}"
+        return self.path(f"results{self.form.suffix}")
 
     @property
     def errors(self) -> str:
         """A line for every item that has no result."""
-        return f"{self.id}/errors.jsonl"
+        return self.path("errors.jsonl")
+
+    def path(self, name: str) -> str:
+        """Where something of the batch is."""
+        return f"{self.id}/{name}" if self.id else name
 
 
 @dataclass(frozen=True)
@@ -189,41 +204,28 @@ class Batches:
             Full: No room.
             NotReady: The database cannot be reached.
         """
-        kind = OPERATIONS[asked.operation]
-        options = kind.Options.model_validate(
-            asked.model_dump(exclude_none=True, exclude={"operation", "format"})
-        )
-        kind.check(options)
-        if asked.format == "zip" and asked.operation != "impute":
-            raise BadInput.of("format", f"jsonl, parquet or npz of {asked.operation}", "zip")
+        options_of(asked)  # what cannot be done need not come
         with self._store.begun() as path:
-            size, digest = await self._receive(body, path)
+            digest = await self._receive(body, path)
             told = {**asked.model_dump(), "file": digest}
             fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
             name = uuid.uuid4().hex if key is None else hashlib.sha256(key.encode()).hexdigest()
             if known := await self._known(name[:32]):
                 return await self._same(known, fingerprint)
-            seeded = options.model_copy(update={"seed": a_seed(options.seed)})
-            cost = await asyncio.to_thread(_first_cost, path, kind(seeded, model, 0))
-            if cost > self._max_request:
-                most = f"at most {self._max_request} for an image, with its proposal and draws"
-                raise TooLarge.of("particles", most, str(cost))
-            spec = Spec(
-                id=name[:32],
-                operation=asked.operation,
-                options=seeded.model_dump(),
-                format=asked.format,
-                model=model.name,
-                weights_sha256=model.card.weights_sha256,
-                bytes=size,
+            spec = await asyncio.to_thread(
+                plan,
+                asked,
+                path,
+                model,
+                name=name[:32],
                 fingerprint=fingerprint,
-                chunk=max(1, min(MOST_ITEMS, CHUNK // cost)),
+                max_request=self._max_request,
             )
             await asyncio.to_thread(self._keep_files, spec, path, model)
         return await self._begin(spec)
 
-    async def _receive(self, body: AsyncIterator[bytes], path: Path) -> tuple[int, str]:
-        """Writes what comes to the disk as it comes; its bytes, and their SHA-256."""
+    async def _receive(self, body: AsyncIterator[bytes], path: Path) -> str:
+        """Writes what comes to the disk as it comes; the SHA-256 of all."""
         used = await asyncio.to_thread(self._store.size)
         size, digest = 0, hashlib.sha256()
         try:
@@ -242,7 +244,7 @@ class Batches:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise Full(f"Expected room for a file; got: {error.strerror}.") from error
-        return size, digest.hexdigest()
+        return digest.hexdigest()
 
     def _keep_files(self, spec: Spec, path: Path, model: Model) -> None:
         """Puts what workers need where they find it."""
@@ -402,6 +404,58 @@ class Batches:
             return await asyncio.to_thread(question)
         except DBAPIError as error:
             raise NotReady("The batches' database cannot be reached.") from error
+
+
+def options_of(asked: schemas.BatchQuery) -> Any:
+    """The options of the operation that is asked for.
+
+    Raises:
+        ValidationError: A value that an option cannot have.
+        BadInput: They do not go together.
+    """
+    kind = OPERATIONS[asked.operation]
+    options = kind.Options.model_validate(
+        asked.model_dump(exclude_none=True, exclude={"operation", "format"})
+    )
+    kind.check(options)
+    if asked.format == "zip" and asked.operation != "impute":
+        raise BadInput.of("format", f"jsonl, parquet or npz of {asked.operation}", "zip")
+    return options
+
+
+def plan(
+    asked: schemas.BatchQuery,
+    path: Path,
+    model: Model,
+    *,
+    name: str,
+    fingerprint: str,
+    max_request: int,
+) -> Spec:
+    """What the batch of a file is, in parts of which each is some seconds of work.
+
+    Raises:
+        BadInput: The options, or all of the first items.
+        UnknownFormat: A file that is none of those that can be read.
+        TooLarge: More work than an item may be.
+    """
+    options = options_of(asked)
+    options = options.model_copy(update={"seed": a_seed(options.seed)})
+    cost = _first_cost(path, OPERATIONS[asked.operation](options, model, 0))
+    if cost > max_request:
+        most = f"at most {max_request} for an image, with its proposal and draws"
+        raise TooLarge.of("particles", most, str(cost))
+    return Spec(
+        id=name,
+        operation=asked.operation,
+        options=options.model_dump(),
+        format=asked.format,
+        model=model.name,
+        weights_sha256=model.card.weights_sha256,
+        bytes=path.stat().st_size,
+        fingerprint=fingerprint,
+        chunk=max(1, min(MOST_ITEMS, CHUNK // cost)),
+    )
 
 
 def _first_cost(path: Path, operation: Operation) -> int:

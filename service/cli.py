@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.app import create_app, working
+from service.batch_cli import batch_app
 from service.settings import Settings, processors
 
 __all__ = ["app", "serve"]
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(batch_app, name="batch")
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

@@ -288,9 +288,11 @@ class BatchQuery(Strict):
     seed: int | None = None
     estimator: str | None = Field(None, description="Of log-likelihood.")
     draws: int | None = Field(None, description="Of impute, and so are those that follow.")
-    outputs: list[str] | None = None
+    outputs: list[str] | None = Field(
+        None, description="Each of mean, draws, std, median and quantiles that is wanted."
+    )
     levels: list[float] | None = None
-    encoding: str | None = None
+    encoding: str | None = Field(None, description="png, npy or list, in lines and tables.")
 
 
 class Batch(BaseModel):

@@ -10,14 +10,13 @@ its work is given to the others. If it is not dead, the same is done twice, to t
 
 import asyncio
 import itertools
-import json
 import logging
 import socket
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import IO, Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, WorkflowStatusString
@@ -25,12 +24,11 @@ from dbos import WorkflowHandleAsync as Handle
 from sqlalchemy import event
 
 from service.batches import APPLICATION, BATCH, BATCHES, PROGRESS, TROUBLE, Spec
-from service.chunks import work_on
 from service.engine import Engine
 from service.errors import Failed
 from service.heartbeats import Heartbeats
-from service.items import Item, read_items, read_part, write_part
-from service.models import Model, Models
+from service.models import Model
+from service.parts import Parts
 from service.store import Store
 
 __all__ = ["Worker", "unresolved"]
@@ -181,84 +179,39 @@ class Worker:
         """Writes the items in parts, and says how many each has."""
 
         def work() -> list[int]:
-            sizes: list[int] = []
             with self._store.here(spec.upload) as path:
-                for number, items in enumerate(_parts(read_items(path), spec.chunk)):
-                    with self._store.writing(spec.part(ITEMS, number)) as part:
-                        write_part(items, part)
-                    sizes.append(len(items))
-            return sizes
+                return self._parts(spec).split(path)
 
         return {"sizes": await asyncio.to_thread(work), "at": time.time()}
 
     async def _chunk(self, spec: Spec, number: int, first: int) -> dict[str, Any]:
         """Works on a part, and says how many of its items have results."""
-
-        def taken() -> tuple[Model, list[Item]]:
-            with self._store.open(spec.part(ITEMS, number)) as file:
-                return self._model(spec), read_part(file)
-
-        model, items = await asyncio.to_thread(taken)
-        work = work_on(items, first, spec.operation_of(model), self._engine, spec.form)
+        operation = spec.operation_of(await asyncio.to_thread(self._model, spec))
+        work = self._parts(spec).work(number, first, operation, self._engine)
         done = await _while_wanted(spec.id, work)
-
-        def keep() -> None:
-            with self._store.writing(spec.part(ERRORS, number)) as path:
-                lines = (json.dumps(problem, ensure_ascii=False) for problem in done.problems)
-                path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            with self._store.writing(spec.part(RESULTS, number)) as path:
-                spec.form.write(done.rows, path)
-
-        await asyncio.to_thread(keep)
         return {"done": len(done.rows), "failed": len(done.problems), "at": time.time()}
 
     async def _join(self, spec: Spec, count: int) -> None:
         """Makes one file of all results, and one of all errors."""
-
-        def parts(kind: str) -> Iterator[IO[bytes]]:
-            for number in range(count):
-                with self._store.open(spec.part(kind, number)) as file:
-                    yield file
-
-        def work() -> None:
-            with self._store.writing(spec.errors) as path, path.open("wb") as out:
-                for part in parts(ERRORS):
-                    out.write(part.read())
-            with self._store.writing(spec.results) as path:
-                spec.form.join(lambda: parts(RESULTS), path)
-
-        await asyncio.to_thread(work)
+        await asyncio.to_thread(self._parts(spec).join, count)
 
     async def _clear(self, spec: Spec) -> None:
         """Removes what only the work needed."""
-        await asyncio.to_thread(self._store.remove, spec.work)
+        await asyncio.to_thread(self._parts(spec).clear)
+
+    def _parts(self, spec: Spec) -> Parts:
+        return Parts(self._store, spec)
 
     def _model(self, spec: Spec) -> Model:
         """The batch's own model, which other batches may have too."""
         model = self._models.get(spec.weights_sha256)
         if model is None:
-            with self._store.here(spec.checkpoint) as folder:
-                model = Models(folder.parent, device=self._device).get(folder.name)
+            model = self._parts(spec).model(device=self._device)
             self._models[spec.weights_sha256] = model
             while len(self._models) > MOST_MODELS:
                 self._models.popitem(last=False)
         self._models.move_to_end(spec.weights_sha256)
         return model
-
-
-def _parts(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
-    """The items in turn, so many together, or fewer where these are large."""
-    part: list[Item] = []
-    size = 0
-    for item in items:
-        length = sum(len(each or b"") for each in (item.image, item.mask, item.truth))
-        if part and (len(part) == most or size + length > PART_BYTES):
-            yield part
-            part, size = [], 0
-        part.append(item)
-        size += length
-    if part:
-        yield part
 
 
 def _take_over(name: str) -> None:
@@ -304,7 +257,6 @@ async def _tell(name: str, trouble: str | None) -> None:
     await DBOS.update_workflow_attributes_async(name, {TROUBLE: trouble}, merge=True)
 
 
-ITEMS, RESULTS, ERRORS = "items", "results", "errors"
 VERSION = "1"
 """Of the workflows: what another version has begun is not gone on with."""
 ALONE = "alone"
@@ -322,5 +274,4 @@ CONNECTIONS = 5
 """To the database, of a worker."""
 WINDOW = 256
 """Chunks of a batch that wait or are worked on; of other batches there are as many."""
-PART_BYTES = 32 * 2**20
 MOST_MODELS = 4

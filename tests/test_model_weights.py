@@ -18,6 +18,7 @@ from model.weights import (
     Thinned,
     WeightSums,
     effective_sample_size,
+    log_add,
     log_mean_exp,
     normalise,
     pareto_k,
@@ -42,6 +43,25 @@ def _sums(log_weights: Tensor, sizes: list[int] | None = None) -> WeightSums:
     for block in log_weights.split(sizes or [log_weights.shape[-1]], dim=-1):
         sums = sums.update(block)
     return sums
+
+
+def test_sums_of_many_images_have_the_bits_of_each():
+    """How many are added at once changes nothing, and nothing added to nothing is nothing."""
+    one, other = 3 * Noise(0).normal(2, 2000, 16, like=torch.zeros(()).double()) - 15
+    nothing = torch.tensor([-math.inf], dtype=torch.float64)
+
+    together = log_add(one, other)
+
+    alone = [
+        log_add(a[None], b[None]) for a, b in zip(one.flatten(), other.flatten(), strict=True)
+    ]
+    assert torch.equal(together.flatten(), torch.cat(alone))
+    assert torch.equal(
+        torch.stack([log_add(a, b) for a, b in zip(one, other, strict=True)]), together
+    )
+    assert_agree(together, torch.logaddexp(one, other))
+    assert log_add(nothing, nothing) == nothing
+    assert log_add(nothing, one[0, :1]) == one[0, 0]
 
 
 @given(splits())
