@@ -67,10 +67,10 @@ def diagnostics(found: dict[str, Any], path: Path) -> None:
     ranks.set(title="Ink of the truth among 99 draws", xlabel="rank, in bins")
     ranks.set_ylabel("share of images")
     ranks.axhline(1 / len(found["calibration"][0]["rank_counts"]), color="k", linestyle="--")
-    used = found["divergences"] or found["variance_of_means"]
+    used = found["divergences"]
     latents.bar(range(len(used)), sorted(used, reverse=True))
-    what = "KL(q ‖ p), nats" if found["divergences"] else "variance of the means"
-    latents.set(title=f"{found['active_units']} active latents", xlabel="latent", ylabel=what)
+    latents.set(title=f"{found['active_units']} active latents", xlabel="latent")
+    latents.set_ylabel("KL(q ‖ p), nats")
     for name in ("as they are", "turned"):
         shares = sorted(found["anomaly"][name])
         percentiles.plot(shares, [(i + 0.5) / len(shares) for i in range(len(shares))], label=name)

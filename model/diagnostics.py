@@ -29,7 +29,7 @@ from model.latent import LatentVariableModel
 from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import Proposal
+from model.proposal import Proposal, Stacked, StackedPrior
 from model.refinement import Refinement
 
 __all__ = [
@@ -56,12 +56,12 @@ BINS, UNSURE = 18, (0.05, 0.95)
 
 @dataclass(frozen=True)
 class Use:
-    """How much each latent that the decoder sees is used."""
+    """How much each latent is used; those that the decoder sees come first."""
 
     variance: Float[Tensor, " latent"]
     """Over images, of the mean that the encoder gives it."""
-    divergence: Float[Tensor, " latent"] | None
-    """Mean KL(q(z_d | x) ‖ N(0, 1)) in nats; None where another layer is its prior."""
+    divergence: Float[Tensor, " latent"]
+    """Its part of the mean KL(q(z | x) ‖ p(z)), in nats, to which they add up."""
 
     @property
     def active(self) -> int:
@@ -71,16 +71,43 @@ class Use:
 
 @torch.no_grad()
 def latent_use(model: LatentVariableModel, images: Incomplete, noise: Source) -> Use:
-    """How the latents are used on these images, by the encoder's proposal as in training."""
+    r"""How the latents are used on these images, by the encoder's proposal as in training.
+
+    Of two stochastic layers the lower one's part is that of $\mathbb E_q[\log q(z_1 \mid x) -
+    \log p(z_1 \mid z_2)]$, by draws, and the upper one's of $\mathbb E_q[\mathrm{KL}(q(z_2 \mid
+    z_1) \,\|\, p(z_2))]$.
+    """
     if model.exact is not None:
         posterior = model.posterior(images)
         mean, log_std = posterior.mean[:, 0], 0.5 * posterior.factor[:, 0].square().sum(-1).log()
-    else:
-        lower = model.two_pass(images, noise, imputations=1).lower
-        mean, log_std = lower.mean[:, 0], lower.log_std[:, 0]
-    divergence = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
-    stacked = model.architecture.upper > 0
-    return Use(mean.var(0), None if stacked else divergence.mean(0))
+        return Use(mean.var(0), _divergence(mean, log_std).mean(0))
+    proposal = model.two_pass(images, noise, imputations=1)
+    mean, log_std = proposal.lower.mean[:, 0], proposal.lower.log_std[:, 0]
+    if not isinstance(proposal, Stacked) or not isinstance(model.prior, StackedPrior):
+        return Use(mean.var(0), _divergence(mean, log_std).mean(0))
+    z1, z2 = proposal.draw(ELBO_PARTICLES, noise.at("draws")).split(
+        [model.prior.lower, model.prior.upper.size], -1
+    )
+    above, log_std_above = proposal.network(z1)
+    below, log_std_below = model.prior.network(z2)
+    ratio = _log_normal(z1, mean[:, None], log_std[:, None]) - _log_normal(
+        z1, below, log_std_below
+    )
+    upper = _divergence(above, log_std_above)
+    return Use(
+        torch.cat([mean.var(0), above.mean(1).var(0)]),
+        torch.cat([ratio.mean((0, 1)), upper.mean((0, 1))]),
+    )
+
+
+def _divergence(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(m, s²) ‖ N(0, 1)), number by number."""
+    return 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
+
+
+def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """The logarithm of a Gaussian's density, number by number; up to a constant."""
+    return -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ class _Test:
             "latents": len(use.variance),
             "active_units": use.active,
             "variance_of_means": _rounded(use.variance),
-            "divergences": None if use.divergence is None else _rounded(use.divergence),
+            "divergences": _rounded(use.divergence),
             "calibration": [
                 *(self._coming_true(truth, spec, "test images", particles) for spec in masks[:2]),
                 self._coming_true(own, masks[0], "its own samples", particles),

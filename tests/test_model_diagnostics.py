@@ -20,6 +20,7 @@ from model.likelihood import finish, score
 from model.masks import Incomplete
 from model.networks import LinearDecoder
 from model.noise import Noise, NoisePerImage
+from model.proposal import Stacked
 from tests.conftest import Quadrature, fixed_model, small_model, some_incomplete
 from tests.test_model_factor_analysis import exact, holes, linear_model
 
@@ -41,23 +42,50 @@ def test_a_latent_that_no_pixel_depends_on_is_not_used():
     )
     divergence = torch.distributions.kl_divergence(each, torch.distributions.Normal(LIKE, 1.0))
 
-    assert use.divergence is not None
     assert use.variance[2] < 1e-12
     assert use.active == 4
     torch.testing.assert_close(use.divergence, divergence.mean(0))
 
 
 def test_an_encoders_use_is_that_of_its_gaussians():
-    """The divergences add up to the closed form of the whole; a second layer leaves none."""
+    """The divergences add up to the closed form of the whole."""
     images = some_incomplete(20)
     model, noise = fixed_model(), NoisePerImage.of(0, range(20))
     use = latent_use(model, images, noise)
     whole = model.two_pass(images, noise, imputations=1).divergence().mean()
 
-    assert use.divergence is not None
     torch.testing.assert_close(use.divergence.sum(), whole)
-    stacked = small_model(upper=2).requires_grad_(requires_grad=False)
-    assert latent_use(stacked, images, noise).divergence is None
+
+
+def test_the_use_of_two_layers_adds_up_to_the_whole():
+    """The parts of both layers' latents are together E_q[log q(z | x) - log p(z)]."""
+    images = some_incomplete(20)
+    model = small_model(upper=3).requires_grad_(requires_grad=False)
+    noise = NoisePerImage.of(0, range(20))
+    use = latent_use(model, images, noise)
+    proposal = model.two_pass(images, noise, imputations=1)
+    latents = proposal.draw(20_000, noise.at("many"))
+    ratio = proposal.log_density(latents) - model.prior.log_density(latents)
+
+    assert use.variance.shape == use.divergence.shape == (2 + 3,)
+    error = ratio.std(-1).square().sum().sqrt() / len(images) / ELBO_PARTICLES**0.5
+    assert (use.divergence.sum() - ratio.mean()).abs() < 4 * error
+    assert (use.divergence[2:] > 0).all()
+
+
+def test_an_upper_latent_that_says_nothing_is_not_used():
+    """Where the layer above is its prior whatever is below, its parts are zero."""
+    images = some_incomplete(20)
+    model = small_model(upper=3).requires_grad_(requires_grad=False)
+    proposal = model.two_pass(images, NoisePerImage.of(0, range(20)), imputations=1)
+    assert isinstance(proposal, Stacked)
+    for parameter in proposal.network.parameters():
+        parameter.zero_()
+    use = latent_use(model, images, NoisePerImage.of(0, range(20)))
+
+    assert use.active <= 2
+    assert (use.variance[2:] == 0).all()
+    torch.testing.assert_close(use.divergence[2:], torch.zeros(3, dtype=torch.float64))
 
 
 def test_the_gaps_are_what_the_elbo_loses():
