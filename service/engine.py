@@ -186,6 +186,8 @@ class Engine:
         self._groups: list[_Group] = []
         self._at_once = AT_ONCE
         self._swept = 0.0
+        self._asked = -math.inf
+        """When the last request came."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -306,6 +308,7 @@ class Engine:
             if task is None:
                 stopping = True
             else:
+                self._asked = self._asked if task.background else time.monotonic()
                 self._queue(task).put(task)
 
     def _round(self) -> None:
@@ -351,6 +354,8 @@ class Engine:
             may = not begun and first is not None and _overdue(first)
         else:  # half of the room is for requests that may come
             may = sum(len(group.tasks) for group in begun) < max(1, self._at_once // 2)
+        if time.monotonic() < self._asked + QUIET:  # the next request shall not wait for many
+            count = min(count, FEW)
         return self._background.take(count, besides=kinds) if may else []
 
     def _turn(self) -> list[_Group]:
@@ -506,6 +511,8 @@ AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
 TOGETHER = 16
 """Images of requests that are alike whose work is done by the same operations."""
+FEW, QUIET = 2, 10.0
+"""Those of the background, until so many seconds have passed without a request."""
 ROOM = 0.95
 """Of what may wait, where a queue that was full takes requests again."""
 SWEEPING = 0.05
