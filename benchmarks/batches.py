@@ -1,12 +1,12 @@
 """What batches cost, and what they cost requests; ratios of what is measured side by side.
 
     python benchmarks/batches.py [checkpoints/static-mnist-miss-iwem] [--only throughput …]
-        [--images 70000] [--kills 100] [--database postgresql://…]
+        [--images 70000] [--kills 100] [--bytes 2000000000] [--database postgresql://…]
 
 - `throughput`: images of MNIST scored (K = 100) as a batch, and by the library in a loop without a
   service, 16 images together; by turns, each on one processor;
 - `beside`: what a lone request takes while a batch is worked on, and otherwise;
-- `memory`: the most that the service has had after a small batch and after one of 2 GB;
+- `memory`: the most that the service has had after a small batch and after one of so many bytes;
 - `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL;
 - `kills`: processes are killed at random times, so many times, while one batch is worked on: the
   service with SQLite, and with PostgreSQL two workers and the service. The results are then
@@ -41,7 +41,7 @@ from service.operations import LogLikelihood, read
 from service.work import Score
 
 ASKED = {"operation": "log-likelihood", "particles": "100", "seed": "1"}
-TOGETHER, ROUNDS, HUGE = 16, 3, 2 * 10**9
+TOGETHER, ROUNDS = 16, 3
 say = Console(highlight=False).print
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     )
     options.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     options.add_argument("--images", type=int, default=70_000)
+    options.add_argument("--bytes", type=int, default=2 * 10**9)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--quality", default="standard")
     options.add_argument("--database", default="", help="An empty one of PostgreSQL's.")
@@ -207,12 +208,14 @@ def _beside(said: argparse.Namespace) -> None:
 def _memory(said: argparse.Namespace) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
-        _service(said.checkpoint, Path(folder), f"{SERVER},{CLIENT}", max_batch=2 * HUGE) as (
+        _service(
+            said.checkpoint, Path(folder), f"{SERVER},{CLIENT}", max_batch=2 * said.bytes
+        ) as (
             url,
             process,
         ),
     ):
-        for size in (HUGE // 100, HUGE):
+        for size in (said.bytes // 100, said.bytes):
             count = size // (28 * 28 * 8)
             path = Path(folder) / "huge.npy"
             images = np.lib.format.open_memmap(path, "w+", np.float64, (count, 28, 28))
