@@ -220,7 +220,8 @@ def _memory(said: argparse.Namespace) -> None:
             path = Path(folder) / "huge.npy"
             images = np.lib.format.open_memmap(path, "w+", np.float64, (count, 28, 28))
             images[:] = 0.5
-            images[: len(_images(1000))] = _images(1000) / 255
+            some = _images(min(count, 1000)) / 255
+            images[: len(some)] = some
             images.flush()
             del images
             started = time.perf_counter()
