@@ -375,7 +375,10 @@ class Batches:
         total = progress.get("total")
         left = (total - ended) / rate if rate and total and state == "running" else None
         finished = _time(status.completed_at)
-        since = int(1000 * progress["since"]) if progress else None
+        created = cast("datetime", _time(status.created_at))
+        started = _time(int(1000 * progress["since"])) if progress else None
+        if started is not None:  # a database may know seconds only
+            started = min(max(started, created), finished or started)
         trouble = (status.attributes or {}).get(TROUBLE)
         return schemas.Batch(
             id=spec.id,
@@ -392,8 +395,8 @@ class Batches:
             rate=rate,
             eta=left,
             problem=str(status.error) if status.error else trouble,
-            created_at=cast("datetime", _time(status.created_at)),
-            started_at=_time(since),
+            created_at=created,
+            started_at=started,
             finished_at=finished,
             expires_at=finished and datetime.fromtimestamp(finished.timestamp() + self._keep, UTC),
         )
