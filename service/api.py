@@ -21,7 +21,7 @@ from service.engine import Engine
 from service.errors import MEDIA_TYPE, NotAcceptable, NotReady, UnknownFormat
 from service.models import Model, Models
 from service.multipart import Handler, MultipartRoute
-from service.operations import Imputing, LogLikelihood, Pictures, a_seed, read
+from service.operations import Imputing, LogLikelihood, Pictures, a_seed, read, results
 from service.work import Imputation, Job, Sample, Scoring
 
 __all__ = ["PROBLEMS", "ClientGone", "State", "Visiting", "health", "router"]
@@ -274,9 +274,8 @@ async def log_likelihood(
     operation = LogLikelihood(body, model, a_seed(body.seed))
     done: list[Scoring] = await visit.results(list(map(operation.job, count(), pictures)))
     response.headers.update(visit.clock.header)
-    names = [item.id for item in body.images]
-    results = list(map(operation.result, count(), names, pictures, done))
-    return schemas.LogLikelihoodResponse(model=model.name, results=results)
+    told = results(operation, [item.id for item in body.images], pictures, done)
+    return schemas.LogLikelihoodResponse(model=model.name, results=told)
 
 
 @router.post("/samples", dependencies=[Depends(_json_body)])
@@ -363,9 +362,8 @@ def _imputed(
     pictures: list[Pictures],
     done: list[Imputation],
 ) -> Response:
-    names = [item.id for item in items]
-    results = list(map(operation.result, count(), names, pictures, done))
-    answer = schemas.ImputeResponse(model=operation.model.name, results=results)
+    told = results(operation, [item.id for item in items], pictures, done)
+    answer = schemas.ImputeResponse(model=operation.model.name, results=told)
     return JSONResponse(answer.model_dump())
 
 

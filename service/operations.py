@@ -4,7 +4,7 @@ Requests and batches have the same ones, and so the same answers.
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +26,16 @@ from service.work import (
     image_seed,
 )
 
-__all__ = ["OPERATIONS", "Imputing", "LogLikelihood", "Operation", "Pictures", "a_seed", "read"]
+__all__ = [
+    "OPERATIONS",
+    "Imputing",
+    "LogLikelihood",
+    "Operation",
+    "Pictures",
+    "a_seed",
+    "read",
+    "results",
+]
 
 Encode = Callable[[np.ndarray], Any]
 
@@ -191,6 +200,14 @@ class LogLikelihood:
 
 Operation = Imputing | LogLikelihood
 OPERATIONS: dict[str, type[Any]] = {"impute": Imputing, "log-likelihood": LogLikelihood}
+
+
+def results(
+    operation: Any, names: Sequence[str | None], pictures: Sequence[Pictures], done: Sequence[Any]
+) -> list[Any]:
+    """What is told of each image in turn."""
+    together = enumerate(zip(names, pictures, done, strict=True))
+    return [operation.result(index, *each) for index, each in together]
 
 
 def _quality(asked: schemas.Quality) -> dict[str, Any]:
