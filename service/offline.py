@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -108,10 +108,11 @@ def run(
     """
     store = Store(folder)
     model = Models(settings.checkpoints, device=settings.device).get(asked.model or settings.model)
-    spec = _spec(store, folder, source, asked, model, settings)
-    parts = Parts(store, spec)
-    if not store.exists(spec.results):
-        sizes = _split(parts, source, model)
+    with _here(source) as path:
+        spec = _spec(store, folder, path, asked, model, settings)
+        parts = Parts(store, spec)
+        sizes = [] if store.exists(spec.results) else _split(parts, path, model)
+    if sizes:
         task = Task(parts=parts, sizes=sizes, settings=settings, workers=workers)
         ended = _counted(task, told)
         if task.left:
@@ -128,30 +129,30 @@ def run(
 def _spec(
     store: Store,
     folder: str,
-    source: str,
+    path: Path,
     asked: schemas.BatchQuery,
     model: Model,
     settings: Settings,
 ) -> Spec:
     """What the folder was begun with, or is now."""
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if store.exists(SPEC):
         with store.open(SPEC) as file:
             known = Spec(**json.load(file))
-        _same(folder, known, source, asked, model)
+        _same(folder, known, digest, asked, model)
         return known
     if others := [name for name in store.names() if name != BEGUN]:
         found = ", ".join(others)[:80]
         raise Conflict(f"Expected {folder} to be empty, or begun before; got one with {found}.")
     asked = asked.model_copy(update={"seed": a_seed(asked.seed), "model": model.name})
     limit = settings.max_request
-    with _here(source) as path:
-        digest = _digest(source)
-        spec = plan(asked, path, model, name="", fingerprint=digest, max_request=limit)
+    spec = plan(asked, path, model, name="", fingerprint=digest, max_request=limit)
     _write_json(store, SPEC, asdict(spec))
     return spec
 
 
-def _same(folder: str, known: Spec, source: str, asked: schemas.BatchQuery, model: Model) -> None:
+def _same(folder: str, known: Spec, digest: str, asked: schemas.BatchQuery, model: Model) -> None:
     """Refuses to go on with anything else than what a folder was begun with."""
     seed = known.seed if asked.seed is None else asked.seed
     options = options_of(asked.model_copy(update={"seed": seed, "model": model.name}))
@@ -159,7 +160,7 @@ def _same(folder: str, known: Spec, source: str, asked: schemas.BatchQuery, mode
         "operation": asked.operation,
         "format": asked.format,
         "weights": model.card.weights_sha256,
-        "input": _digest(source),
+        "input": digest,
         **options.model_dump(),
     }  # fmt: skip
     if others := [name for name in before | now if before.get(name) != now.get(name)]:
@@ -172,7 +173,7 @@ def _told(spec: Spec) -> dict[str, Any]:
     return {**named, "weights": spec.weights_sha256, "input": spec.fingerprint, **spec.options}
 
 
-def _split(parts: Parts, source: str, model: Model) -> list[int]:
+def _split(parts: Parts, path: Path, model: Model) -> list[int]:
     """How many items each part has; they are written, and so is the model."""
     known = f"{parts.spec.work}/{SIZES}"
     if parts.store.exists(known):
@@ -180,8 +181,7 @@ def _split(parts: Parts, source: str, model: Model) -> list[int]:
             return json.load(file)
     with parts.store.writing(parts.spec.checkpoint) as folder:
         model.write(folder)
-    with _here(source) as path:
-        sizes = parts.split(path)
+    sizes = parts.split(path)
     _write_json(parts.store, known, sizes)
     return sizes
 
@@ -297,21 +297,6 @@ def _here(address: str) -> Generator[Path]:
         yield path
 
 
-def _digest(address: str) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    for block in _blocks(address):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(address: str) -> Iterator[bytes]:
-    opened: Any = fsspec.open(address, "rb")
-    with opened as file:
-        while block := file.read(BLOCK):
-            yield block
-
-
 def _write_json(store: Store, name: str, value: Any) -> None:
     with store.writing(name) as path:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -322,4 +307,3 @@ PARTS_AT_ONCE = 2
 """One is read and written while the other is worked on."""
 BLOCKS = 1000
 """Pieces of work that Ray gives out, at most."""
-BLOCK = 2**20
