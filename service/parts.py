@@ -4,7 +4,6 @@ Whoever works on batches does it by these, and so a batch comes to the same byte
 """
 
 import asyncio
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from service.engine import Engine
 from service.items import Item, read_items, read_part, write_part
 from service.models import Model, Models
 from service.operations import Operation
+from service.results import FORMATS
 from service.store import Store
 
 __all__ = ["Parts"]
@@ -50,9 +50,8 @@ class Parts:
 
     def join(self, count: int) -> None:
         """Makes one file of all results, and one of all errors."""
-        with self.store.writing(self.spec.errors) as path, path.open("wb") as out:
-            for part in self._opened(ERRORS, count):
-                out.write(part.read())
+        with self.store.writing(self.spec.errors) as path:
+            FORMATS["jsonl"].join(lambda: self._opened(ERRORS, count), path)
         with self.store.writing(self.spec.results) as path:
             self.spec.form.join(lambda: self._opened(RESULTS, count), path)
 
@@ -72,8 +71,7 @@ class Parts:
     def _keep(self, number: int, done: Chunk) -> None:
         """Writes what came of a part; its results are last, for they say that it is done."""
         with self.store.writing(self.spec.part(ERRORS, number)) as path:
-            lines = (json.dumps(problem, ensure_ascii=False) for problem in done.problems)
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            FORMATS["jsonl"].write(done.problems, path)
         with self.store.writing(self.spec.part(RESULTS, number)) as path:
             self.spec.form.write(done.rows, path)
 

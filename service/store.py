@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
@@ -85,16 +85,14 @@ class Store:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
+            _discard(path)
 
     def forget_begun(self, *, hours: float) -> None:
         """Removes what was begun so long ago that whoever did was killed."""
         begun = (self.folder / BEGUN).glob("*") if self.folder else ()
         for path in begun:
             if path.stat().st_mtime < time.time() - 3600 * hours:
-                shutil.rmtree(path, ignore_errors=True)
-                path.unlink(missing_ok=True)
+                _discard(path)
 
     def place(self, path: Path, name: str) -> None:
         """Gives what was begun its name; a folder that is there already is as good."""
@@ -108,8 +106,11 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         for file in [path] if path.is_file() else path.iterdir():
             _sync(file)
-        with suppress(OSError) if target.is_dir() else nullcontext():
+        try:
             path.replace(target)
+        except OSError:
+            if not target.is_dir():
+                raise
         _sync(target.parent)
 
     @contextmanager
@@ -122,6 +123,12 @@ class Store:
     def address(self, name: str) -> str:
         """What fsspec calls it."""
         return f"{self._root}/{name}" if name else self._root
+
+
+def _discard(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
