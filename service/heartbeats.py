@@ -25,6 +25,8 @@ WORKERS = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("seen", sa.Float, nullable=False),
 )
+CREATING = 0x6D697765
+"""The lock of who makes the table."""
 NOW = sa.extract("epoch", sa.func.clock_timestamp())
 
 
@@ -46,8 +48,10 @@ class Heartbeats:
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
     def prepare(self) -> None:
-        """Makes the table, if there is none yet."""
-        WORKERS.create(self._engine, checkfirst=True)
+        """Makes the table, if there is none yet; another worker may be making it too."""
+        with self._engine.begin() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATING)))
+            WORKERS.create(connection, checkfirst=True)
 
     def start(self) -> None:
         """Begins to beat."""
