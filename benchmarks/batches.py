@@ -30,8 +30,17 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from clients import CLIENT, SERVER, Load, bodies, free_port, serve_command, until_ready
-from rich.console import Console
+from clients import (
+    CLIENT,
+    SERVER,
+    Load,
+    bodies,
+    free_port,
+    measure,
+    say,
+    serve_command,
+    until_ready,
+)
 
 from model import data
 from model.likelihood import finish
@@ -42,25 +51,17 @@ from service.work import Score
 
 ASKED = {"operation": "log-likelihood", "particles": "100", "seed": "1"}
 TOGETHER, ROUNDS = 16, 3
-say = Console(highlight=False).print
 
 
 def main() -> None:
     """Measures and prints."""
     options = argparse.ArgumentParser()
-    options.add_argument(
-        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
-    )
-    options.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     options.add_argument("--images", type=int, default=70_000)
     options.add_argument("--bytes", type=int, default=2 * 10**9)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--quality", default="standard")
     options.add_argument("--database", default="", help="An empty one of PostgreSQL's.")
-    said = options.parse_args()
-    for name in said.only:
-        say(f"[bold]{name}")
-        PARTS[name](said)
+    measure(options, PARTS)
 
 
 def _images(count: int) -> np.ndarray:

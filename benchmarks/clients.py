@@ -1,5 +1,6 @@
 """What the benchmarks ask of a service, and how: requests, loads, and a service to load."""
 
+import argparse
 import asyncio
 import base64
 import io
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -22,6 +23,7 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 
 from model.masks import mechanism
 from model.noise import Noise
@@ -36,7 +38,9 @@ __all__ = [
     "bodies",
     "contents",
     "free_port",
+    "measure",
     "running",
+    "say",
     "serve_command",
     "session",
     "until_ready",
@@ -46,6 +50,21 @@ SERVER, CLIENT = 0, 1
 """The processors of the services and of the requests."""
 LIMIT = 600.0
 STARTING = 60.0
+say = Console(highlight=False).print
+
+
+def measure(
+    options: argparse.ArgumentParser, parts: Mapping[str, Callable[[argparse.Namespace], None]]
+) -> None:
+    """Measures the parts that the command line asks for, with the model that it names."""
+    options.add_argument(
+        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
+    )
+    options.add_argument("--only", choices=parts, nargs="+", default=list(parts))
+    said = options.parse_args()
+    for name in said.only:
+        say(f"[bold]{name}")
+        parts[name](said)
 
 
 def bodies(

@@ -26,8 +26,19 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from clients import CLIENT, Answer, Load, arriving, ask, bodies, contents, running, session
-from rich.console import Console
+from clients import (
+    CLIENT,
+    Answer,
+    Load,
+    arriving,
+    ask,
+    bodies,
+    contents,
+    measure,
+    running,
+    say,
+    session,
+)
 
 HUGE = 1_000_000
 PICTURES = 64
@@ -36,23 +47,15 @@ BAD: list[dict[str, Any]] = [
     {"image": [[0.5]]},
     {"image": [[2.5] * 28] * 28},
 ]
-say = Console(highlight=False).print
 
 
 def main() -> None:
     """Measures and prints."""
     options = argparse.ArgumentParser()
-    options.add_argument(
-        "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
-    )
-    options.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     options.add_argument("--images", type=int, default=10_000)
     options.add_argument("--seconds", type=float, default=60.0)
-    said = options.parse_args()
     os.sched_setaffinity(0, {CLIENT})
-    for name in said.only:
-        say(f"[bold]{name}")
-        PARTS[name](said)
+    measure(options, PARTS)
 
 
 def _crowd(said: argparse.Namespace) -> None:
