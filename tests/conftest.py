@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import httpx
 import pytest
@@ -44,6 +45,25 @@ def bucket() -> Iterator[str]:
         assert httpx.put(f"http://{host}:{port}/some-bucket").status_code == 200
         yield "s3://some-bucket"
         server.stop()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with a tiny model."""
+    from tests.wire import write_checkpoint  # noqa: PLC0415  (it imports the service)
+
+    write_checkpoint(tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three items, and nobody waits long for anybody."""
+    from service import batches, client, worker  # noqa: PLC0415  (they take a second)
+
+    monkeypatch.setattr(worker, "POLLING", 0.02)
+    monkeypatch.setattr(batches, "MOST_ITEMS", 3)
+    monkeypatch.setattr(client, "PAUSE", 0.001)
 
 
 def small_model(

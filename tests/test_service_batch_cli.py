@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from service import batches, client, worker
 from service.app import create_app
 from service.cli import app
 from service.schemas import BatchQuery
-from tests.wire import random_levels, serving, settings_for, write_checkpoint
+from tests.wire import random_levels, serving, settings_for
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
 COUNT = 4
 IMPUTE = ("--operation", "impute", "--particles", "64", "--quality", "fast", "--seed", "5")
 
@@ -27,19 +27,9 @@ def _call(*arguments: str) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits long, and parts are small."""
-    monkeypatch.setattr(worker, "POLLING", 0.02)
-    monkeypatch.setattr(batches, "MOST_ITEMS", 3)
-    monkeypatch.setattr(client, "PAUSE", 0.001)
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a tiny model, which is the default."""
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is the default."""
     monkeypatch.setenv("MISS_IWEM_MODEL", "tiny")
-    write_checkpoint(tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
 
 
 @pytest.fixture

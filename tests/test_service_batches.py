@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from service import batches, worker
+from service import batches
 from service.app import create_app
 from service.store import Store
 from tests.wire import (
@@ -32,6 +32,7 @@ from tests.wire import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
 COUNT = 20
 IMAGES = np.stack([random_levels(seed) for seed in range(COUNT)])
 MASKS = np.stack([random_mask(seed) for seed in range(COUNT)])
@@ -43,20 +44,6 @@ def _npz(**changes: Any) -> bytes:
     kept: Any = {name: array for name, array in arrays.items() if array is not None}
     np.savez(out, **kept)
     return out.getvalue()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Databases are asked more often than anybody would otherwise, and chunks are small."""
-    monkeypatch.setattr(worker, "POLLING", 0.02)
-    monkeypatch.setattr(batches, "MOST_ITEMS", 3)
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """A folder with a tiny model."""
-    write_checkpoint(tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
 
 
 @pytest.fixture
@@ -410,11 +397,8 @@ def test_a_full_disk_is_waited_for(client: httpx.Client, monkeypatch: pytest.Mon
     assert _ended(client, batch)["done"] == COUNT
 
 
-def test_a_stopped_service_goes_on_where_it_was(
-    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stopped_service_goes_on_where_it_was(models: Path, folder: Path):
     """What was not done when a service stopped is done by the next one; results are the same."""
-    monkeypatch.setattr(worker, "SETTLING", 1)
     with _service(models, folder) as client:
         whole = _submit(client, _npz(), particles=640)
         _ended(client, whole)

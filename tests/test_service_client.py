@@ -10,11 +10,12 @@ import httpx
 import numpy as np
 import pytest
 
-from service import batches, client, worker
+from service import client
 from service.app import create_app
 from service.client import Batch, Client, Problem, Unreachable
-from tests.wire import random_levels, random_mask, serving, settings_for, write_checkpoint
+from tests.wire import random_levels, random_mask, serving, settings_for
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
 COUNT = 12
 IMAGES = np.stack([random_levels(seed) for seed in range(COUNT)])
 MASKS = np.stack([random_mask(seed) for seed in range(COUNT)])
@@ -22,19 +23,10 @@ ASKED: dict[str, Any] = {"operation": "impute", "particles": 64, "quality": "fas
 Fault = Callable[[httpx.Response], httpx.Response]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits long, and chunks are small."""
-    monkeypatch.setattr(worker, "POLLING", 0.02)
-    monkeypatch.setattr(batches, "MOST_ITEMS", 3)
-    monkeypatch.setattr(client, "PAUSE", 0.001)
-
-
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+def address(models: Path, tmp_path: Path) -> Iterator[str]:
     """That of a service with a tiny model."""
-    write_checkpoint(tmp_path / "checkpoints")
-    settings = settings_for(tmp_path / "checkpoints", batches=str(tmp_path / "batches"))
+    settings = settings_for(models, batches=str(tmp_path / "batches"))
     with serving(create_app(settings)) as address:
         yield address
 

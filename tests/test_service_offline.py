@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service import batches, offline, worker
+from service import offline
 from service.app import create_app
 from service.errors import BadInput, Conflict, UnknownModel
 from service.offline import Outcome
@@ -35,24 +35,11 @@ from tests.wire import (
 )
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("small_chunks")
 COUNT, PARTS = 20, 7
 IMAGES = np.stack([random_levels(seed) for seed in range(COUNT)])
 MASKS = np.stack([random_mask(seed) for seed in range(COUNT)])
 ASKED: dict[str, Any] = {"operation": "impute", "particles": 64, "seed": 5}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Databases are asked often, and parts are small."""
-    monkeypatch.setattr(worker, "POLLING", 0.02)
-    monkeypatch.setattr(batches, "MOST_ITEMS", 3)
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """A folder with a tiny model."""
-    write_checkpoint(tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
 
 
 @pytest.fixture
