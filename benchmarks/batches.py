@@ -43,7 +43,7 @@ from clients import (
 )
 
 from model import data
-from model.likelihood import finish
+from model.stages import finish
 from service import schemas
 from service.models import Models
 from service.operations import LogLikelihood, read

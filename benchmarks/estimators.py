@@ -22,9 +22,10 @@ from model import checkpoint
 from model.estimators import QUALITIES, Quality, estimate
 from model.evaluate import examples, hide
 from model.latent import LatentVariableModel
-from model.likelihood import Estimate, finish
+from model.likelihood import Estimate
 from model.masks import Incomplete
 from model.noise import NoisePerImage
+from model.stages import finish
 
 FIRST = "standard"
 SIDES = {

@@ -53,9 +53,9 @@ from rich.table import Table
 from model import checkpoint
 from model.estimators import QUALITIES
 from model.imputation import Completions, impute
-from model.likelihood import finish
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
+from model.stages import finish
 from service import codec
 
 PICTURES, TOGETHER = 64, 16

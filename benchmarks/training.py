@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from model.evaluate import in_chunks
 from model.latent import CACHED_ROWS, Architecture, LatentVariableModel
-from model.likelihood import BLOCK, Scores, finish, score
+from model.likelihood import BLOCK, Scores, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective, ascend
 from model.stack import NoisePerModel, stacked
+from model.stages import finish
 
 BATCH = 100
 SHAPE = (1, 28, 28)

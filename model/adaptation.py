@@ -14,8 +14,6 @@ small (Hesterberg, "Weighted average importance sampling and defensive mixture d
 so that nothing that was learned from is counted.
 """
 
-from collections.abc import Generator
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +30,7 @@ from model.proposal import (
     Proposal,
     Standardised,
 )
+from model.stages import Stages
 from model.weights import effective_sample_size
 
 __all__ = ["DEFENSIVE", "PER_ROUND", "ROUNDS", "adaptive"]
@@ -49,7 +48,7 @@ BISECTIONS = 12
 
 def adaptive(
     model: LatentVariableModel, images: Incomplete, proposal: Proposal, noise: Source
-) -> Generator[None, None, Proposal]:
+) -> Stages[Proposal]:
     """The proposal that a few rounds make of this one; pauses after each."""
     prior = PriorProposal(model.prior, images.values)
     rounds: list[Proposal] = [Blend([prior, proposal], [DEFENSIVE, 1 - DEFENSIVE])]

@@ -20,7 +20,6 @@ is tuned on the chains that are counted.
 """
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass, fields
 
 import torch
@@ -31,6 +30,7 @@ from model.latent import LatentVariableModel, gradients
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import CorrelatedMixture, Latents, PerParticle, StandardNormal
+from model.stages import Stages
 
 __all__ = ["LEAPFROGS", "Chains", "annealed"]
 
@@ -63,7 +63,7 @@ def annealed(
     temperatures: int,
     chains: int,
     further: int = 0,
-) -> Generator[None, None, Chains]:
+) -> Stages[Chains]:
     """Chains through so many temperatures and further transitions; pauses after each.
 
     `start` is a mixture over standard latents.

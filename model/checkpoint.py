@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
+from model.stages import finish
 
 __all__ = [
     "CARD",

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from model.estimators import Quality, estimate
 from model.latent import LatentVariableModel
-from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import Proposal, Stacked, StackedPrior
 from model.refinement import Refinement
+from model.stages import Stages
 
 __all__ = [
     "ACTIVE",

@@ -36,7 +36,6 @@ from model.likelihood import (
     AT_ONCE,
     BLOCK,
     Estimate,
-    Stages,
     blocks,
     encode,
     estimate_of,
@@ -47,6 +46,7 @@ from model.likelihood import (
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import CorrelatedMixture, PriorProposal, Proposal
+from model.stages import Stages
 from model.weights import WeightSums
 
 __all__ = [
@@ -245,7 +245,7 @@ def _prior(asked: Asked) -> Stages[Estimate]:
 
 def _adaptive(asked: Asked) -> Stages[Estimate]:
     model, images, noise = asked.model, asked.images, asked.noise
-    begun = proposed(model, images, noise.at("proposal"), asked.proposal)
+    begun = yield from proposed(model, images, noise.at("proposal"), asked.proposal)
     learned = yield from adaptive(model, images, begun, noise.at("adaptive"))
     return (yield from _importance(replace(asked, proposal=learned)))
 
@@ -271,7 +271,7 @@ def chains(asked: Asked, *, further: int = 0) -> Stages[Chains]:
     model, images, start = asked.model, asked.images, asked.proposal
     if not isinstance(start, CorrelatedMixture):
         source = asked.noise.at("proposal")
-        start = modes(model, images, encode(model, images, source), source)
+        start = yield from modes(model, images, encode(model, images, source), source)
     components = start.mean.shape[1]
     return (
         yield from annealed(
@@ -315,12 +315,15 @@ def _jackknife(order: int) -> Estimator:
         images, total = asked.images, size * count
         sums = WeightSums.empty(len(images), particles=total, like=images.values)
         by_block: list[Float[Tensor, "batch blocks"]] = []
+        proposal = yield from proposed(
+            asked.model, images, asked.noise.at("proposal"), asked.proposal
+        )
         for block in blocks(
             asked.model,
             images,
             asked.noise,
             particles=total,
-            proposal=asked.proposal,
+            proposal=proposal,
             at_once=AT_ONCE,
             keep=False,
         ):

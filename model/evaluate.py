@@ -39,10 +39,11 @@ from model.diagnostics import (
 from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
 from model.latent import LatentVariableModel
-from model.likelihood import Estimate, Scores, Stages, finish, score
+from model.likelihood import Estimate, Scores, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.refit import BATCH, tightened
+from model.stages import Stages, finish
 
 __all__ = ["CHUNK", "MASKS", "evaluate", "examples", "hide", "in_chunks", "picture"]
 

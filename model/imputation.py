@@ -26,10 +26,11 @@ from model.annealing import LEAPFROGS
 from model.estimators import CHAINS, Asked, annealed_estimate, chains
 from model.estimators import rows as cost
 from model.latent import LatentVariableModel
-from model.likelihood import Block, Estimate, Stages, blocks, estimate_of, exactly, precise
+from model.likelihood import Block, Estimate, blocks, estimate_of, exactly, precise, proposed
 from model.masks import Incomplete
 from model.noise import Source
 from model.proposal import Proposal
+from model.stages import Stages
 from model.weights import Mean, Slots, WeightSums
 
 __all__ = ["Completions", "impute", "mixed", "rows"]
@@ -85,7 +86,8 @@ def impute(
             yield
         log_likelihood = annealed_estimate(found)
     else:
-        whole = blocks(model, images, noise, particles=particles, proposal=proposal)
+        distribution = yield from proposed(model, images, noise.at("proposal"), proposal)
+        whole = blocks(model, images, noise, particles=particles, proposal=distribution)
         for index, block in enumerate(whole):
             fold = fold.update(block, index)
             if tolerance is not None and precise(fold.sums, tolerance):

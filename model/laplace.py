@@ -20,6 +20,7 @@ from torch import Tensor
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.proposal import CorrelatedMixture, Latents
+from model.stages import Stages
 
 __all__ = ["laplace"]
 
@@ -33,7 +34,7 @@ WIDER = 1.1
 @torch.no_grad()
 def laplace(
     model: LatentVariableModel, images: Incomplete, starts: Latents, *, steps: int = STEPS
-) -> CorrelatedMixture:
+) -> Stages[CorrelatedMixture]:
     """A mixture over standard latents, with a component for each of an image's starts.
 
     Where nothing was observed it is N(0, I).
@@ -43,6 +44,7 @@ def laplace(
         precision, gradient = _curvature(model, images, z)
         step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))
         z = _climbed(model, images, z, step[..., 0])
+        yield
     precision, _ = _curvature(model, images, z)
     found = CorrelatedMixture.of_precision(z, precision)
     seen = images.observed.flatten(1).any(1)[:, None, None, None]

@@ -17,7 +17,6 @@ They are not to be believed when the Pareto shape $\hat k$ of the weights is abo
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,6 +38,7 @@ from model.proposal import (
     Standardised,
 )
 from model.refinement import Refinement
+from model.stages import Stages, finish
 from model.weights import RELIABLE_PARETO_K, WeightSums, log_add, resample
 
 __all__ = [
@@ -48,11 +48,9 @@ __all__ = [
     "Estimate",
     "Predictive",
     "Scores",
-    "Stages",
     "blocks",
     "encode",
     "estimate_of",
-    "finish",
     "modes",
     "precise",
     "proposed",
@@ -68,19 +66,6 @@ AT_ONCE = 16
 """Blocks that are worked on together where only their weights are looked at."""
 KEPT = 4
 """The same where the decoder's output is kept, or it is looked at whether they are enough."""
-
-T = TypeVar("T")
-Stages = Generator[None, None, T]
-"""Work that pauses between its parts, and returns its result at the end."""
-
-
-def finish(stages: Stages[T]) -> T:
-    """The result of work in stages, done without a pause."""
-    while True:
-        try:
-            next(stages)
-        except StopIteration as done:
-            return done.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +151,11 @@ def _adapted(model: LatentVariableModel, images: Incomplete, noise: Source) -> P
     return model.adapted(images, noise)
 
 
-def _laplace(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
+def _laplace(model: LatentVariableModel, images: Incomplete, noise: Source) -> Stages[Proposal]:
     """Gaussians at modes, and a share of what could reach elsewhere: what is served."""
     encoded = encode(model, images, noise)
-    mixture = modes(model, images, encoded, noise)
+    yield
+    mixture = yield from modes(model, images, encoded, noise)
     there = Standardised(mixture, model.prior) if model.architecture.upper else mixture
     prior = PriorProposal(model.prior, images.values)
     return Blend([there, encoded, prior], [1 - ENCODED - DEFENSIVE, ENCODED, DEFENSIVE])
@@ -188,7 +174,9 @@ def _svi(model: LatentVariableModel, images: Incomplete, noise: Source) -> Propo
     return Refinement(steps=100).refined(model, images, nowhere, noise.at("refined"))
 
 
-PROPOSALS: dict[str, Callable[[LatentVariableModel, Incomplete, Source], Proposal]] = {
+PROPOSALS: dict[
+    str, Callable[[LatentVariableModel, Incomplete, Source], Proposal | Stages[Proposal]]
+] = {
     "adapted": _adapted,
     "amortised": _amortised,
     "laplace": _laplace,
@@ -208,13 +196,15 @@ def encode(model: LatentVariableModel, images: Incomplete, noise: Source) -> Amo
 
 def modes(
     model: LatentVariableModel, images: Incomplete, encoded: Proposal, noise: Source
-) -> CorrelatedMixture:
+) -> Stages[CorrelatedMixture]:
     """Laplace's mixture over standard latents, begun at likely ones of the encoder's."""
     latents = encoded.draw(BLOCK, noise.at("start"))
     log_w = model.particles(images, encoded, latents, keep=False).log_weights
     uniforms = noise.at("pick").uniform(len(images), MODES, like=log_w)
     picked = resample(log_w / SOFTNESS, uniforms)[..., None].expand(-1, -1, latents.shape[-1])
-    return laplace(model, images, model.prior.to_standard(latents.gather(1, picked)))
+    yield
+    starts = model.prior.to_standard(latents.gather(1, picked))
+    return (yield from laplace(model, images, starts))
 
 
 IMPUTATIONS, MODES, SOFTNESS = 16, 4, 5.0
@@ -225,7 +215,7 @@ ENCODED = 0.1
 
 def proposed(
     model: LatentVariableModel, images: Incomplete, noise: Source, proposal: str | Proposal
-) -> Proposal:
+) -> Stages[Proposal]:
     """The proposal of a name, or the posterior itself of a model that has it in closed form.
 
     What is a distribution already stays as it is.
@@ -234,7 +224,8 @@ def proposed(
         return proposal
     if model.exact is not None:
         return model.posterior(images)
-    return PROPOSALS[proposal](model, images, noise)
+    made = PROPOSALS[proposal](model, images, noise)
+    return (yield from made) if isinstance(made, Generator) else made
 
 
 def blocks(
@@ -249,9 +240,10 @@ def blocks(
 ) -> Iterator[Block]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
-    Several blocks are worked on together, and are given out as one.
+    Several blocks are worked on together, and are given out as one. A proposal that is a name is
+    found without a pause.
     """
-    distribution = proposed(model, images, noise.at("proposal"), proposal)
+    distribution = finish(proposed(model, images, noise.at("proposal"), proposal))
     count = math.ceil(particles / BLOCK)
     for first in range(0, count, at_once):
         group = range(first, min(first + at_once, count))
@@ -280,12 +272,13 @@ def score(
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
     keep = truth is not None
+    distribution = yield from proposed(model, images, noise.at("proposal"), proposal)
     for block in blocks(
         model,
         images,
         noise,
         particles=particles,
-        proposal=proposal,
+        proposal=distribution,
         at_once=KEPT if keep or tolerance is not None else AT_ONCE,
         keep=keep,
     ):

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.latent import LatentVariableModel
-from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import Noise, Source
 from model.objectives import Objective, ascend, iwae
+from model.stages import Stages
 from model.weights import resample
 
 __all__ = ["completed", "polished", "tightened"]

@@ -33,12 +33,12 @@ from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
 from model.data import Split
 from model.latent import LatentVariableModel
-from model.likelihood import Stages
 from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import Climbed, ascend, bound
 from model.recipe import Recipe, RecipeError, to_json
 from model.refit import polished
+from model.stages import Stages
 from model.team import Team
 
 __all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]

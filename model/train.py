@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.checkpoint import Card
 from model.data import DataError
-from model.likelihood import finish
 from model.masks import MechanismError
 from model.recipe import (
     Recipe,
@@ -31,6 +30,7 @@ from model.recipe import (
     stored_recipe,
 )
 from model.run import CHECKPOINT, RECIPE, Diverged, Metrics, Run
+from model.stages import finish
 from model.team import Team
 from model.together import Together
 

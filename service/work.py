@@ -15,9 +15,10 @@ import torch
 from model import estimators, imputation, likelihood
 from model.estimators import QUALITIES
 from model.latent import LatentVariableModel
-from model.likelihood import BLOCK, Stages
+from model.likelihood import BLOCK
 from model.masks import Incomplete
 from model.noise import MAX_SEED, Noise, NoisePerImage, image_seed
+from model.stages import Stages
 from service.models import Model
 
 __all__ = [

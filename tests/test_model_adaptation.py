@@ -3,10 +3,11 @@
 import torch
 
 from model.adaptation import DEFENSIVE, adaptive
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.noise import Noise
 from model.proposal import CorrelatedMixture
+from model.stages import finish
 from model.weights import effective_sample_size
 from tests.conftest import fixed_model, some_incomplete
 from tests.test_model_factor_analysis import exact, holes, linear_model

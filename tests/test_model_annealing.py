@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from model.annealing import Chains, annealed
-from model.likelihood import finish
 from model.noise import NoisePerImage
 from model.proposal import CorrelatedMixture
+from model.stages import finish
 from model.weights import normalise
 from tests.test_model_factor_analysis import exact, holes, linear_model
 

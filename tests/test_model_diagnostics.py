@@ -16,11 +16,12 @@ from model.diagnostics import (
     uniformity,
 )
 from model.estimators import QUALITIES
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.networks import LinearDecoder
 from model.noise import Noise, NoisePerImage
 from model.proposal import Stacked
+from model.stages import finish
 from tests.conftest import Quadrature, fixed_model, small_model, some_incomplete
 from tests.test_model_factor_analysis import exact, holes, linear_model
 

@@ -17,10 +17,11 @@ from model.estimators import (
     estimate,
 )
 from model.latent import LatentVariableModel
-from model.likelihood import PROPOSALS, Estimate, finish
+from model.likelihood import PROPOSALS, Estimate
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
 from model.proposal import Blend, CorrelatedMixture, GaussianMixture, PriorProposal
+from model.stages import finish
 from model.weights import log_mean_exp
 from tests.conftest import Quadrature, copies, fixed_model, small_model, some_incomplete
 from tests.test_model_factor_analysis import exact, holes, linear_model

@@ -10,11 +10,12 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from model.factor_analysis import SMALLEST_VARIANCE, FactorAnalysis, fit
 from model.imputation import impute
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
 from model.pixels import GaussianPixels
 from model.proposal import CorrelatedMixture
+from model.stages import finish
 from tests.conftest import standard_errors
 
 SHAPE, LATENT = (1, 2, 3), 2

@@ -9,9 +9,10 @@ import torch
 from model import checkpoint
 from model.evaluate import evaluate
 from model.fit import Fit, fit
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.noise import Noise
+from model.stages import finish
 from tests.test_model_factor_analysis import linear_model
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from model.estimators import QUALITIES, Quality
 from model.imputation import Completions, impute
 from model.latent import Architecture, LatentVariableModel
-from model.likelihood import BLOCK, KEPT, PROPOSALS, blocks, finish
+from model.likelihood import BLOCK, KEPT, PROPOSALS, blocks
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage, Source
+from model.stages import finish
 from tests.conftest import (
     Quadrature,
     copies,

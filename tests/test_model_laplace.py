@@ -8,6 +8,7 @@ from model.likelihood import encode, modes
 from model.masks import Incomplete
 from model.noise import Noise
 from model.proposal import Latents
+from model.stages import finish
 from tests.conftest import fixed_model, small_model, some_incomplete
 from tests.test_model_factor_analysis import exact, holes, linear_model
 
@@ -19,7 +20,7 @@ def test_of_a_linear_model_it_is_the_posterior():
     model = linear_model(shape=(1, 4, 5), latent=5)
     images = holes(model, 6)
     starts = 3 * Noise(1).normal(6, 2, 5, like=LIKE)
-    found = laplace(model, images, starts, steps=1)
+    found = finish(laplace(model, images, starts, steps=1))
     posterior = exact(model).posterior(images)
 
     torch.testing.assert_close(found.mean, posterior.mean.expand(-1, 2, -1), rtol=0, atol=1e-9)
@@ -33,7 +34,7 @@ def test_it_ends_where_the_slope_is_zero(upper: int):
     """After many steps the gradient of log p(x_o, z) in standard latents vanishes."""
     model = small_model(upper=upper).requires_grad_(requires_grad=False)
     images, starts = some_incomplete(), Noise(1).normal(6, 3, 2 + upper, like=LIKE)
-    found = laplace(model, images, starts, steps=60).mean.requires_grad_()
+    found = finish(laplace(model, images, starts, steps=60)).mean.requires_grad_()
     decoded = model.decode(model.prior.from_standard(found))
     height = model.likelihood.log_density(decoded, images) - 0.5 * found.square().sum(-1)
 
@@ -46,7 +47,10 @@ def test_no_step_goes_down():
     model, images = fixed_model(gain=5.0), some_incomplete()
     starts = 6 * Noise(2).normal(6, 4, 2, like=LIKE)
     heights = torch.stack(
-        [_height(images, laplace(model, images, starts, steps=steps).mean) for steps in range(8)]
+        [
+            _height(images, finish(laplace(model, images, starts, steps=steps)).mean)
+            for steps in range(8)
+        ]
     )
 
     assert heights.diff(dim=0).min() >= -1e-12
@@ -62,7 +66,7 @@ def test_where_nothing_was_observed_it_is_the_prior():
     """The mode is at zero, the curvature is one, and no component is any wider."""
     model, images = fixed_model(), some_incomplete()
     blank = Incomplete.hide(images.values, torch.zeros_like(images.observed))
-    found = modes(model, blank, encode(model, blank, Noise(0)), Noise(0))
+    found = finish(modes(model, blank, encode(model, blank, Noise(0)), Noise(0)))
 
     torch.testing.assert_close(found.mean, torch.zeros_like(found.mean), rtol=0, atol=1e-12)
     expected = torch.eye(2, dtype=torch.float64).expand_as(found.factor)

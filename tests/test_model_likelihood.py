@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from model.latent import LatentVariableModel
-from model.likelihood import (
-    BLOCK,
-    KEPT,
-    PROPOSALS,
-    Estimate,
-    Scores,
-    blocks,
-    finish,
-    score,
-)
+from model.likelihood import BLOCK, KEPT, PROPOSALS, Estimate, Scores, blocks, score
 from model.masks import Incomplete
 from model.noise import NoisePerImage
+from model.stages import finish
 from model.weights import log_mean_exp
 from tests.conftest import (
     Quadrature,

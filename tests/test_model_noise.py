@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from model.imputation import Completions, impute
-from model.likelihood import BLOCK, PROPOSALS, blocks, finish
+from model.likelihood import BLOCK, PROPOSALS, blocks
 from model.masks import Incomplete
 from model.noise import MAX_SEED, Noise, NoisePerImage, Source, image_seed
+from model.stages import finish
 from tests.conftest import fixed_model, some_incomplete, standard_errors
 
 LIKE = torch.zeros((), dtype=torch.float64)

@@ -7,9 +7,9 @@ import torch
 from scipy.stats import t
 
 from model.imputation import impute
-from model.likelihood import finish
 from model.noise import Noise, NoisePerImage
 from model.pooling import pool
+from model.stages import finish
 from tests.test_model_factor_analysis import holes, linear_model
 
 LIKE = torch.zeros((), dtype=torch.float64)

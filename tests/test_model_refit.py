@@ -5,11 +5,12 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from model.latent import LatentVariableModel
-from model.likelihood import finish, score
+from model.likelihood import score
 from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import OBJECTIVES
 from model.refit import completed, polished, tightened
+from model.stages import finish
 from tests.conftest import Quadrature, copies, every_image, fixed_model, some_incomplete
 
 MISS = OBJECTIVES["miss-iwem"]

@@ -26,7 +26,6 @@ from torch import Tensor
 from model import checkpoint, refit, train
 from model import run as runs
 from model.data import DataError
-from model.likelihood import finish
 from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective
 from model.recipe import (
     FIELDS,
@@ -39,6 +38,7 @@ from model.recipe import (
 )
 from model.refinement import Refinement
 from model.run import Diverged, Run
+from model.stages import finish
 from model.train import Interrupted, main
 
 ROOT = Path(__file__).parents[1]

@@ -23,9 +23,9 @@ from PIL import Image
 from model import checkpoint, likelihood
 from model.estimators import ESTIMATORS
 from model.estimators import estimate as estimated
-from model.likelihood import finish
 from model.masks import Incomplete
 from model.noise import NoisePerImage
+from model.stages import finish
 from model.weights import log_mean_exp
 from service.app import create_app
 from service.engine import Engine

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.likelihood import finish
 from model.noise import Noise
+from model.stages import finish
 from service.engine import Engine
 from service.errors import BadInput, Expired, Failed, NotReady, Overloaded, TooLarge
 from service.models import Model, Models
