@@ -1,13 +1,15 @@
 """What batches cost, and what they cost requests; ratios of what is measured side by side.
 
     python benchmarks/batches.py [checkpoints/static-mnist-miss-iwem] [--only throughput …]
-        [--images 70000] [--kills 100] [--bytes 2000000000] [--database postgresql://…]
+        [--images 70000] [--rounds 3] [--kills 100] [--bytes 2000000000]
+        [--database postgresql://…]
 
 - `throughput`: images of MNIST scored (K = 100) as a batch, and by the library in a loop without a
   service, 16 images together; by turns, each on one processor;
 - `beside`: what a lone request takes while a batch is worked on, and otherwise;
 - `memory`: the most that the service has had after a small batch and after one of so many bytes;
-- `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL;
+- `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL. Beside
+  it that of two such loops at once and of one: what the processors allow;
 - `kills`: processes are killed at random times, so many times, while one batch is worked on: the
   service with SQLite, and with PostgreSQL two workers and the service. The results are then
   compared with those of a batch that was left in peace.
@@ -22,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +54,7 @@ from service.operations import LogLikelihood, read
 from service.work import Score
 
 ASKED = {"operation": "log-likelihood", "particles": "100", "seed": "1"}
-TOGETHER, ROUNDS = 16, 3
+TOGETHER = 16
 
 
 def main() -> None:
@@ -59,6 +63,7 @@ def main() -> None:
     options.add_argument("--images", type=int, default=70_000)
     options.add_argument("--bytes", type=int, default=2 * 10**9)
     options.add_argument("--kills", type=int, default=100)
+    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--quality", default="standard")
     options.add_argument("--database", default="", help="An empty one of PostgreSQL's.")
     measure(options, PARTS)
@@ -134,7 +139,7 @@ def _throughput(said: argparse.Namespace) -> None:
         tempfile.TemporaryDirectory() as folder,
         _service(said.checkpoint, Path(folder), str(SERVER)) as (url, process),
     ):
-        for turn in range(ROUNDS):
+        for turn in range(said.rounds):
             started = time.perf_counter()
             address = _submit(url, content, quality=said.quality)
             _wait(address)
@@ -147,9 +152,9 @@ def _throughput(said: argparse.Namespace) -> None:
     say(f"{len(images)} images, {said.quality}: {np.median(ratios):.3f} times the loop (median)")
 
 
-def _loop(said: argparse.Namespace, images: np.ndarray) -> float:
+def _loop(said: argparse.Namespace, images: np.ndarray, processor: int = SERVER) -> float:
     """Seconds that the library takes for the same, from the images in memory to the numbers."""
-    os.sched_setaffinity(0, {SERVER})
+    os.sched_setaffinity(0, {processor})
     torch.set_num_threads(1)
     model = Models(said.checkpoint.parent, device="cpu").get(said.checkpoint.name)
     options = schemas.LogLikelihoodOptions(
@@ -184,7 +189,7 @@ def _beside(said: argparse.Namespace) -> None:
         for particles in (64, 1000):
             asked = bodies(64, particles)
             measured: dict[str, list[Load]] = {"alone": [], "beside": []}
-            for _ in range(ROUNDS):
+            for _ in range(said.rounds):
                 for name, loads in measured.items():
                     address = _submit(url, content, quality="standard") if name != "alone" else ""
                     while address and not _state(address)["done"]:
@@ -274,7 +279,18 @@ def _workers(said: argparse.Namespace) -> None:
                 stack.enter_context(_worker(said, path, processor))
             rates[count] = _wait(_submit(url, content, quality="standard"))["rate"]
             say(f"{count} workers: {rates[count]:.1f} images/s")
-    say(f"two workers: {rates[2] / rates[1]:.2f} times one")
+    one, two = (_loops(said, processors) for processors in ((SERVER,), (SERVER, CLIENT)))
+    say(f"two workers: {rates[2] / rates[1]:.2f} times one; two loops: {two / one:.2f} times one")
+
+
+def _loops(said: argparse.Namespace, processors: Sequence[int]) -> float:
+    """Images a second of loops that run at once, one on each of the processors."""
+    share = np.array_split(_images(said.images), len(processors))
+    with ProcessPoolExecutor(len(processors), get_context("spawn")) as pool:
+        seconds = list(pool.map(_loop, [said] * len(processors), share, processors))
+    rate = sum(len(some) / taken for some, taken in zip(share, seconds, strict=True))
+    say(f"{len(processors)} loops: {rate:.1f} images/s")
+    return rate
 
 
 def _kills(said: argparse.Namespace) -> None:
