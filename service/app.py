@@ -114,14 +114,19 @@ def working(settings: Settings) -> None:
     store, database = Store(settings.batches), settings.database_address
     worker = Worker(store, database, engine, device=settings.device)
     engine.start()
-    try:
-        worker.start()
-    except DBAPIError as error:
-        raise SystemExit(f"Expected a database; got: {error.orig}") from error
+    _with_database(worker.start)
     log.warning("Working on the batches of %s.", settings.batches)
     ended.wait()
     worker.stop()
     engine.stop(seconds=settings.drain)
+
+
+def _with_database(begin: Callable[[], None]) -> None:
+    """Begins what needs the database, which says what it is that cannot be reached."""
+    try:
+        begin()
+    except DBAPIError as error:
+        raise SystemExit(f"Expected a database; got: {error.orig}") from None
 
 
 @asynccontextmanager
@@ -140,7 +145,7 @@ async def _batches(settings: Settings, engine: Engine) -> AsyncGenerator[Batches
         keep=HOUR * settings.results_ttl,
     )
     worker = Worker(store, database, engine, device=settings.device)
-    await asyncio.to_thread(worker.start if settings.work else worker.prepare)
+    await asyncio.to_thread(_with_database, worker.start if settings.work else worker.prepare)
     sweeping = asyncio.create_task(batches.keep_clean())
     try:
         yield batches
