@@ -8,8 +8,9 @@
   service, 16 images together; by turns, each on one processor;
 - `beside`: what a lone request takes while a batch is worked on, and otherwise;
 - `memory`: the most that the service has had after a small batch and after one of so many bytes;
-- `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL. Beside
-  it that of two such loops at once and of one: what the processors allow;
+- `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL, whose
+  transactions are counted. Beside it that of two such loops at once and of one: what the
+  processors allow;
 - `kills`: processes are killed at random times, so many times, while one batch is worked on: the
   service with SQLite, and with PostgreSQL two workers and the service. The results are then
   compared with those of a batch that was left in peace.
@@ -33,6 +34,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psycopg
 import torch
 from clients import (
     CLIENT,
@@ -277,10 +279,23 @@ def _workers(said: argparse.Namespace) -> None:
             )
             for processor in (SERVER, CLIENT)[:count]:
                 stack.enter_context(_worker(said, path, processor))
+            begun, started = _transactions(said.database), time.perf_counter()
             rates[count] = _wait(_submit(url, content, quality="standard"))["rate"]
-            say(f"{count} workers: {rates[count]:.1f} images/s")
+            made = _transactions(said.database) - begun
+            say(
+                f"{count} workers: {rates[count]:.1f} images/s, "
+                f"{made / (time.perf_counter() - started):.0f} transactions/s"
+            )
     one, two = (_loops(said, processors) for processors in ((SERVER,), (SERVER, CLIENT)))
     say(f"two workers: {rates[2] / rates[1]:.2f} times one; two loops: {two / one:.2f} times one")
+
+
+def _transactions(database: str) -> int:
+    """How many a database has ended."""
+    asked = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+    with psycopg.connect(database) as connection:
+        (found,) = connection.execute(asked).fetchone() or (0,)
+    return found
 
 
 def _loops(said: argparse.Namespace, processors: Sequence[int]) -> float:

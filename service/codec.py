@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Picture:
     missing: np.ndarray
     """Height by width."""
 
-    @property
+    @cached_property
     def values(self) -> np.ndarray:
         """The pixels as floats from 0 to 1, zero where missing."""
         scaled = self.pixels / 255 if self.pixels.dtype == np.uint8 else self.pixels

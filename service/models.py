@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ class Model:
     card: Card
     network: LatentVariableModel
 
-    @property
+    @cached_property
     def together(self) -> bool:
         """Whether images have the same bits together as alone.
 

@@ -5,7 +5,7 @@ Requests and batches have the same ones, and so the same answers.
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -231,7 +231,7 @@ def _check_tolerance(tolerance: float | None, estimator: str | None, quality: st
 
 
 def _estimate(estimate: Estimate) -> schemas.Estimate:
-    return schemas.Estimate(**asdict(estimate))
+    return schemas.Estimate(**vars(estimate))
 
 
 def _binarised(picture: Picture, card: Card) -> bool:
