@@ -1,9 +1,11 @@
 """What the service adds to its model, beside other ways to serve the same weights.
 
     python benchmarks/serving.py [checkpoints/static-mnist-miss-iwem] [--quality standard]
-        [--particles 64 1000] [--connections 1 8 64] [--seconds 4] [--rounds 5]
+        [--operations impute log-likelihood] [--particles 64 1000 10000]
+        [--connections 1 8 64] [--seconds 4] [--rounds 5]
 
-Four sides complete images with holes, one image a request, with the same weights and options:
+Four sides complete or score images with holes, one image a request, with the same weights and
+options:
 
 - `bare`: the library in a loop, without HTTP: the limit;
 - `service`: this service;
@@ -53,9 +55,10 @@ from rich.table import Table
 from model import checkpoint
 from model.estimators import QUALITIES
 from model.imputation import Completions, impute
+from model.likelihood import Scores, score
 from model.masks import Incomplete
 from model.noise import Noise, NoisePerImage
-from model.stages import finish
+from model.stages import Stages, finish
 from service import codec
 
 PICTURES, TOGETHER = 64, 16
@@ -68,7 +71,8 @@ def main() -> None:
         "checkpoint", type=Path, nargs="?", default=Path("checkpoints/static-mnist-miss-iwem")
     )
     options.add_argument("--quality", default="standard", choices=QUALITIES)
-    options.add_argument("--particles", type=int, nargs="+", default=[64, 1000])
+    options.add_argument("--operations", nargs="+", choices=WORK, default=list(WORK))
+    options.add_argument("--particles", type=int, nargs="+", default=[64, 1000, 10_000])
     options.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
     options.add_argument("--seconds", type=float, default=4.0)
     options.add_argument("--rounds", type=int, default=5)
@@ -93,30 +97,37 @@ def main() -> None:
 class Asked:
     """A request of any of the servers."""
 
+    operation: str
     incomplete: Incomplete
     particles: int
     quality: str
     seed: int
 
     @classmethod
-    def of(cls, body: dict[str, Any]) -> "Asked":
+    def of(cls, operation: str, body: dict[str, Any]) -> "Asked":
         """The request that a body is."""
         (item,) = body["images"]
         picture = codec.read_picture(item["image"], item["mask"], (1, 28, 28), field="image")
         values = torch.from_numpy(picture.values > 0.5).float()[None]  # noqa: PLR2004
         observed = torch.from_numpy(~picture.missing).expand(values.shape)
         hidden = Incomplete.hide(values, observed)
-        return cls(hidden, body["particles"], body["quality"], body["seed"])
+        return cls(operation, hidden, body["particles"], body["quality"], body["seed"])
 
 
-class Completer:
+WORK: dict[str, Callable[..., Stages[Completions | Scores]]] = {
+    "impute": impute,
+    "log-likelihood": score,
+}
+
+
+class Worker:
     """The weights, and what is done with them."""
 
     def __init__(self, folder: Path) -> None:
         self.model = checkpoint.read(folder).model
 
-    def complete(self, asked: Sequence[Asked]) -> Completions:
-        """The completions of requests that differ in their images and seeds alone."""
+    def work(self, asked: Sequence[Asked]) -> Completions | Scores:
+        """What comes of requests that differ in their images and seeds alone."""
         images = Incomplete(
             torch.cat([each.incomplete.values for each in asked]),
             torch.cat([each.incomplete.observed for each in asked]),
@@ -124,7 +135,7 @@ class Completer:
         noise = NoisePerImage(tuple(Noise(each.seed) for each in asked))
         with torch.inference_mode():
             return finish(
-                impute(
+                WORK[asked[0].operation](
                     self.model,
                     images,
                     noise,
@@ -134,25 +145,25 @@ class Completer:
             )
 
 
-def _answer(done: Completions, index: int) -> dict[str, Any]:
-    arrays = {"mean": done.mean, "draw": done.draws[:, 0], "std": done.std}
-    return {
-        "log_likelihood": done.log_likelihood.value[index].item(),
-        **{name: codec.encode(each[index].numpy(), "png") for name, each in arrays.items()},
-    }
+def _answer(done: Completions | Scores, index: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {"log_likelihood": done.log_likelihood.value[index].item()}
+    if isinstance(done, Completions):
+        arrays = {"mean": done.mean, "draw": done.draws[:, 0], "std": done.std}
+        answer |= {name: codec.encode(each[index].numpy(), "png") for name, each in arrays.items()}
+    return answer
 
 
 def _bare(folder: Path) -> None:
-    """Is told particles, quality and seconds; tells the seconds of all and of each image."""
-    completer = Completer(folder)
+    """Is told what to do and for how long; tells the seconds of all and of each image."""
+    worker = Worker(folder)
     for line in sys.stdin:
-        particles, quality, seconds = json.loads(line)
-        asked = [Asked.of(body) for body in bodies(PICTURES, particles, quality)]
+        operation, particles, quality, seconds = json.loads(line)
+        asked = [Asked.of(operation, body) for body in bodies(PICTURES, particles, quality)]
         done, started = 0, time.perf_counter()
         times: list[float] = []
         while time.perf_counter() - started < seconds:
             begun = time.perf_counter()
-            completer.complete(asked[done % PICTURES : done % PICTURES + 1])
+            worker.work(asked[done % PICTURES : done % PICTURES + 1])
             times.append(time.perf_counter() - begun)
             done += 1
         print(json.dumps([time.perf_counter() - started, times]), flush=True)
@@ -164,11 +175,11 @@ def _service(folder: Path, port: int) -> None:
 
 
 def _inline(folder: Path, port: int) -> None:
-    app, completer = FastAPI(), Completer(folder)
+    app, worker = FastAPI(), Worker(folder)
 
-    @app.post("/v1/impute")
-    async def complete(request: Request) -> dict[str, Any]:
-        return _answer(completer.complete([Asked.of(await request.json())]), 0)
+    @app.post("/v1/{operation}")
+    async def work(operation: str, request: Request) -> dict[str, Any]:
+        return _answer(worker.work([Asked.of(operation, await request.json())]), 0)
 
     @app.get("/health/ready")
     async def ready() -> str:
@@ -180,19 +191,20 @@ def _inline(folder: Path, port: int) -> None:
 class Collecting(litserve.LitAPI):
     """What LitServe is told of the library."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(max_batch_size=TOGETHER, batch_timeout=0.005, api_path="/v1/impute")
-        self.folder = folder
+    def __init__(self, folder: Path, operation: str) -> None:
+        path = f"/v1/{operation}"
+        super().__init__(max_batch_size=TOGETHER, batch_timeout=0.005, api_path=path)
+        self.folder, self.operation = folder, operation
 
     def setup(self, device: str) -> None:
         """Reads the weights in the process that works."""
         del device
         torch.set_num_threads(1)
-        self.completer = Completer(self.folder)
+        self.worker = Worker(self.folder)
 
     def decode_request(self, request: dict[str, Any], **_: Any) -> Asked:
         """A request."""
-        return Asked.of(request)
+        return Asked.of(self.operation, request)
 
     def batch(self, inputs: list[Asked]) -> list[Asked]:
         """Requests as they are."""
@@ -200,7 +212,7 @@ class Collecting(litserve.LitAPI):
 
     def predict(self, x: list[Asked], **_: Any) -> list[dict[str, Any]]:
         """The answers of all."""
-        done = self.completer.complete(x)
+        done = self.worker.work(x)
         return [_answer(done, index) for index in range(len(x))]
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,7 +226,10 @@ class Collecting(litserve.LitAPI):
 
 def _litserve(folder: Path, port: int) -> None:
     server = litserve.LitServer(
-        Collecting(folder), accelerator="cpu", healthcheck_path="/health/ready", timeout=False
+        [Collecting(folder, operation) for operation in WORK],
+        accelerator="cpu",
+        healthcheck_path="/health/ready",
+        timeout=False,
     )
     server.run(port=port, log_level="error", generate_client_file=False)
 
@@ -245,12 +260,12 @@ class Side:
         finally:
             os.killpg(self.process.pid, signal.SIGSTOP)
 
-    def loop(self, particles: int, quality: str, seconds: float) -> Load:
+    def loop(self, *told: Any) -> Load:
         """What the bare loop does."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         os.killpg(self.process.pid, signal.SIGCONT)
-        print(json.dumps([particles, quality, seconds]), file=self.process.stdin, flush=True)
+        print(json.dumps(told), file=self.process.stdin, flush=True)
         taken, times = json.loads(self.process.stdout.readline())
         os.killpg(self.process.pid, signal.SIGSTOP)
         ends = itertools.accumulate(times)
@@ -275,7 +290,7 @@ def _sides(folder: Path) -> Generator[dict[str, Side]]:
                 text=True,
                 start_new_session=True,
             )
-            sides[name] = Side(name, process, f"http://127.0.0.1:{port}/v1/impute")
+            sides[name] = Side(name, process, f"http://127.0.0.1:{port}/v1")
             if name in SERVERS:
                 until_ready(f"http://127.0.0.1:{port}/health/ready", process)
                 os.killpg(process.pid, signal.SIGSTOP)
@@ -288,36 +303,44 @@ def _sides(folder: Path) -> Generator[dict[str, Side]]:
 def _compare(said: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {CLIENT})
     with _sides(said.checkpoint) as sides:
-        for particles in said.particles:
+        for operation, particles in itertools.product(said.operations, said.particles):
             rate = math.nan
             for count in said.connections:
-                rate = _close(sides, said, particles, count)
-            _opened(sides, said, particles, 0.7 * rate)
+                rate = _close(sides, said, operation, particles, count)
+            _opened(sides, said, operation, particles, 0.7 * rate)
 
 
-def _close(sides: dict[str, Side], said: argparse.Namespace, particles: int, count: int) -> float:
+def _close(
+    sides: dict[str, Side], said: argparse.Namespace, operation: str, particles: int, count: int
+) -> float:
     """Prints what so many connections meet; gives the service's rate."""
     asked = bodies(PICTURES, particles, said.quality)
 
     def load(side: Side) -> Load:
         if side.name == "bare":
-            return side.loop(particles, said.quality, said.seconds)
+            return side.loop(operation, particles, said.quality, said.seconds)
         return side.measure(
-            lambda url: Load.closed(url, asked, connections=count, seconds=said.seconds)
+            lambda url: Load.closed(
+                f"{url}/{operation}", asked, connections=count, seconds=said.seconds
+            )
         )
 
-    title = f"{said.quality}, K = {particles}, {count} connections"
+    title = f"{operation}, {said.quality}, K = {particles}, {count} connections"
     return _in_turn(title, sides, load, said.rounds)["service"]
 
 
-def _opened(sides: dict[str, Side], said: argparse.Namespace, particles: int, rate: float) -> None:
+def _opened(
+    sides: dict[str, Side], said: argparse.Namespace, operation: str, particles: int, rate: float
+) -> None:
     """Prints what requests meet that come at this rate."""
     asked = bodies(PICTURES, particles, said.quality)
 
     def load(side: Side) -> Load:
-        return side.measure(lambda url: Load.opened(url, asked, rate=rate, seconds=said.seconds))
+        return side.measure(
+            lambda url: Load.opened(f"{url}/{operation}", asked, rate=rate, seconds=said.seconds)
+        )
 
-    title = f"{said.quality}, K = {particles}, {rate:.1f} requests a second by chance"
+    title = f"{operation}, {said.quality}, K = {particles}, {rate:.1f} a second by chance"
     servers = {name: side for name, side in sides.items() if name in SERVERS}
     _in_turn(title, servers, load, said.rounds)
 
