@@ -10,11 +10,11 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.lock ./
 RUN pip --python /opt/venv/bin/python install --no-deps --constraint requirements.lock \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
-# The rest, as pyproject.toml has it; without headers and tests, which serve nobody here. torch/bin is tests too,
+# The rest, as pyproject.toml has it, buckets among it; without headers and tests, which serve nobody here. torch/bin is tests too,
 # but for the shared memory manager that torch asks for when it is imported.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-      > dependencies.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+      print(*p['dependencies'], *p['optional-dependencies']['s3'], sep='\n')" > dependencies.txt \
  && pip --python /opt/venv/bin/python install --constraint requirements.lock --requirement dependencies.txt \
  && rm -rf /opt/venv/lib/python*/site-packages/torch/include /opt/venv/lib/python*/site-packages/torch/test \
     /opt/venv/lib/python*/site-packages/pyarrow/include \
