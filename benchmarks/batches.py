@@ -5,7 +5,7 @@
         [--database postgresql://…]
 
 - `throughput`: images of MNIST scored (K = 100) as a batch, and by the library in a loop without a
-  service, 16 images together; by turns, each on one processor;
+  service, 16 images together; on one processor, by turns of some seconds;
 - `beside`: what a lone request takes while a batch is worked on, and otherwise;
 - `memory`: the most that the service has had after a small batch and after one of so many bytes;
 - `workers`: the rate of two workers with one thread each, and of one; it needs PostgreSQL, whose
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
@@ -56,7 +56,8 @@ from service.operations import LogLikelihood, read
 from service.work import Score
 
 ASKED = {"operation": "log-likelihood", "particles": "100", "seed": "1"}
-TOGETHER = 16
+TOGETHER, TURN = 16, 5.0
+DONE = object()
 
 
 def main() -> None:
@@ -141,22 +142,38 @@ def _throughput(said: argparse.Namespace) -> None:
         tempfile.TemporaryDirectory() as folder,
         _service(said.checkpoint, Path(folder), str(SERVER)) as (url, process),
     ):
-        for turn in range(said.rounds):
+        for number in range(said.rounds):
             started = time.perf_counter()
             address = _submit(url, content, quality=said.quality)
+            batch, loop = time.perf_counter() - started, 0.0
+            rest, ended = _loop(said, images), False
+            while rest is not None or not ended:
+                process.send_signal(signal.SIGSTOP)
+                seconds, rest = _turn(rest)
+                process.send_signal(signal.SIGCONT)
+                loop, started = loop + seconds, time.perf_counter()
+                while not ended and time.perf_counter() < started + TURN:
+                    ended = _state(address)["finished_at"] is not None
+                    time.sleep(0 if ended else 0.1)
+                batch += time.perf_counter() - started
             _wait(address)
-            batch = time.perf_counter() - started
-            process.send_signal(signal.SIGSTOP)
-            loop = _loop(said, images)
-            process.send_signal(signal.SIGCONT)
             ratios.append(batch / loop)
-            say(f"round {turn + 1}: batch {batch:.1f} s, loop {loop:.1f} s, {ratios[-1]:.3f}")
+            say(f"round {number + 1}: batch {batch:.1f} s, loop {loop:.1f} s, {ratios[-1]:.3f}")
     say(f"{len(images)} images, {said.quality}: {np.median(ratios):.3f} times the loop (median)")
 
 
-def _loop(said: argparse.Namespace, images: np.ndarray, processor: int = SERVER) -> float:
-    """Seconds that the library takes for the same, from the images in memory to the numbers."""
-    os.sched_setaffinity(0, {processor})
+def _turn(work: Iterator[None] | None) -> tuple[float, Iterator[None] | None]:
+    """Seconds of a turn of some work, and what is left of it."""
+    started = time.perf_counter()
+    os.sched_setaffinity(0, {SERVER})
+    while work is not None and time.perf_counter() < started + TURN:
+        work = None if next(work, DONE) is DONE else work
+    os.sched_setaffinity(0, {CLIENT})
+    return time.perf_counter() - started, work
+
+
+def _loop(said: argparse.Namespace, images: np.ndarray) -> Iterator[None]:
+    """The same by the library, some images at a time, from these in memory to the numbers."""
     torch.set_num_threads(1)
     model = Models(said.checkpoint.parent, device="cpu").get(said.checkpoint.name)
     options = schemas.LogLikelihoodOptions(
@@ -164,16 +181,24 @@ def _loop(said: argparse.Namespace, images: np.ndarray, processor: int = SERVER)
     )
     operation = LogLikelihood(options, model, int(ASKED["seed"]))
     shape = model.card.architecture.image_shape
-    started = time.perf_counter()
-    with torch.inference_mode():
-        for first in range(0, len(images), TOGETHER):
-            some = images[first : first + TOGETHER]
-            pictures = [read(_npy(image), None, None, shape) for image in some]
-            jobs = [operation.job(first + index, each) for index, each in enumerate(pictures)]
+    for first in range(0, len(images), TOGETHER):
+        some = images[first : first + TOGETHER]
+        pictures = [read(_npy(image), None, None, shape) for image in some]
+        jobs = [operation.job(first + index, each) for index, each in enumerate(pictures)]
+        with torch.inference_mode():
             finish(Score.together(jobs))
-    taken = time.perf_counter() - started
-    os.sched_setaffinity(0, {SERVER, CLIENT})
-    return taken
+        yield
+
+
+def _alone(said: argparse.Namespace, images: np.ndarray, processor: int) -> float:
+    """Seconds that such a loop takes on this processor."""
+    os.sched_setaffinity(0, {processor})
+    loop = _loop(said, images)
+    next(loop)  # the model is read
+    started = time.perf_counter()
+    for _ in loop:
+        pass
+    return time.perf_counter() - started
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -302,7 +327,7 @@ def _loops(said: argparse.Namespace, processors: Sequence[int]) -> float:
     """Images a second of loops that run at once, one on each of the processors."""
     share = np.array_split(_images(said.images), len(processors))
     with ProcessPoolExecutor(len(processors), get_context("spawn")) as pool:
-        seconds = list(pool.map(_loop, [said] * len(processors), share, processors))
+        seconds = list(pool.map(_alone, [said] * len(processors), share, processors))
     rate = sum(len(some) / taken for some, taken in zip(share, seconds, strict=True))
     say(f"{len(processors)} loops: {rate:.1f} images/s")
     return rate
