@@ -289,30 +289,30 @@ def _workers(said: argparse.Namespace) -> None:
         say("not measured: no --database")
         return
     content = _file(images=_images(said.images))
-    rates: dict[int, float] = {}
-    for count in (1, 2):
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            path = Path(folder)
-            url, _ = stack.enter_context(
-                _service(
-                    said.checkpoint,
-                    path,
-                    f"{SERVER},{CLIENT}",
-                    database=said.database,
-                    work=False,
-                )
-            )
-            for processor in (SERVER, CLIENT)[:count]:
-                stack.enter_context(_worker(said, path, processor))
-            begun, started = _transactions(said.database), time.perf_counter()
-            rates[count] = _wait(_submit(url, content, quality="standard"))["rate"]
-            made = _transactions(said.database) - begun
-            say(
-                f"{count} workers: {rates[count]:.1f} images/s, "
-                f"{made / (time.perf_counter() - started):.0f} transactions/s"
-            )
-    one, two = (_loops(said, processors) for processors in ((SERVER,), (SERVER, CLIENT)))
-    say(f"two workers: {rates[2] / rates[1]:.2f} times one; two loops: {two / one:.2f} times one")
+    ratios: dict[str, list[float]] = {"workers": [], "loops": []}
+    for _ in range(said.rounds):
+        one, two = (_together(said, content, each) for each in ((SERVER,), (SERVER, CLIENT)))
+        ratios["workers"].append(two / one)
+        one, two = (_loops(said, each) for each in ((SERVER,), (SERVER, CLIENT)))
+        ratios["loops"].append(two / one)
+    for name, found in ratios.items():
+        say(f"two {name}: {np.median(found):.2f} times one (median)")
+
+
+def _together(said: argparse.Namespace, content: bytes, processors: Sequence[int]) -> float:
+    """Images a second of workers that share a database, one on each of the processors."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        path, everywhere = Path(folder), f"{SERVER},{CLIENT}"
+        service = _service(said.checkpoint, path, everywhere, database=said.database, work=False)
+        url, _ = stack.enter_context(service)
+        for processor in processors:
+            stack.enter_context(_worker(said, path, processor))
+        begun, started = _transactions(said.database), time.perf_counter()
+        rate = _wait(_submit(url, content, quality="standard"))["rate"]
+        made = _transactions(said.database) - begun
+    each_second = made / (time.perf_counter() - started)
+    say(f"{len(processors)} workers: {rate:.1f} images/s, {each_second:.0f} transactions/s")
+    return rate
 
 
 def _transactions(database: str) -> int:
