@@ -511,7 +511,7 @@ AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
 TOGETHER = 16
 """Images of requests that are alike whose work is done by the same operations."""
-FEW, QUIET = 2, 10.0
+FEW, QUIET = 1, 10.0
 """Those of the background, until so many seconds have passed without a request."""
 ROOM = 0.95
 """Of what may wait, where a queue that was full takes requests again."""
