@@ -30,7 +30,7 @@ from service.engine import Engine
 from service.errors import Conflict, Failed
 from service.models import Model, Models
 from service.operations import Operation, a_seed
-from service.parts import Parts
+from service.parts import PARTS_AT_ONCE, Parts
 from service.settings import Settings, processors
 from service.store import BEGUN, Store
 
@@ -303,7 +303,5 @@ def _write_json(store: Store, name: str, value: Any) -> None:
 
 
 SPEC, SIZES = "spec.json", "sizes.json"
-PARTS_AT_ONCE = 2
-"""One is read and written while the other is worked on."""
 BLOCKS = 1000
 """Pieces of work that Ray gives out, at most."""

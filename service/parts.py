@@ -18,7 +18,7 @@ from service.operations import Operation
 from service.results import FORMATS
 from service.store import Store
 
-__all__ = ["Parts"]
+__all__ = ["PARTS_AT_ONCE", "Parts"]
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,5 @@ def _together(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
 
 ITEMS, RESULTS, ERRORS = "items", "results", "errors"
 PART_BYTES = 32 * 2**20
+PARTS_AT_ONCE = 2
+"""Of an engine: one is read and written while the other is worked on."""

@@ -28,7 +28,7 @@ from service.engine import Engine
 from service.errors import Failed
 from service.heartbeats import Heartbeats
 from service.models import Model
-from service.parts import Parts
+from service.parts import PARTS_AT_ONCE, Parts
 from service.store import Store
 
 __all__ = ["Worker", "unresolved"]
@@ -95,8 +95,8 @@ class Worker:
         )
         DBOS.register_queue(
             CHUNKS,
-            worker_concurrency=CHUNKS_AT_ONCE,
-            partition_worker_concurrency=CHUNKS_AT_ONCE,
+            worker_concurrency=PARTS_AT_ONCE,
+            partition_worker_concurrency=PARTS_AT_ONCE,
             polling_interval_sec=POLLING,
         )
         if self._heartbeats is not None:
@@ -268,8 +268,8 @@ WATCHING = 1.0
 """Seconds after which it is looked whether a batch is still wanted."""
 POLLING = 0.25
 """Seconds after which the database is asked again."""
-CHUNKS_AT_ONCE, BATCHES_AT_ONCE = 2, 16
-"""Of a worker: one chunk is read and written while the other is worked on."""
+BATCHES_AT_ONCE = 16
+"""Of a worker, most of which wait for their chunks."""
 CONNECTIONS = 5
 """To the database, of a worker."""
 WINDOW = 256
