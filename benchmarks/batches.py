@@ -40,6 +40,7 @@ from clients import (
     CLIENT,
     SERVER,
     Load,
+    begin,
     bodies,
     free_port,
     measure,
@@ -89,13 +90,7 @@ def _file(**arrays: Any) -> bytes:
 def _process(
     words: list[str], environment: dict[str, str], processors: str
 ) -> Generator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        ["taskset", "--cpu-list", processors, *words],
-        env=environment,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin(words, environment, processors)
     try:
         yield process
     finally:
@@ -399,13 +394,7 @@ class Killing:
             return False
 
     def _start(self, words: list[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            words,
-            env=self._environment,
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return begin(words, self._environment)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -35,6 +35,7 @@ __all__ = [
     "Load",
     "arriving",
     "ask",
+    "begin",
     "bodies",
     "contents",
     "free_port",
@@ -240,18 +241,25 @@ def serve_command(
     return command, {**os.environ, **variables}
 
 
-@contextmanager
-def running(checkpoint: Path, **settings: Any) -> Generator[tuple[str, int]]:
-    """A service on both processors: where, and its pid."""
-    port = free_port()
-    command, environment = serve_command(checkpoint, port, **settings)
-    process = subprocess.Popen(
-        ["taskset", "--cpu-list", f"{SERVER},{CLIENT}", *command],
+def begin(
+    words: list[str], environment: dict[str, str], processors: str = f"{SERVER},{CLIENT}"
+) -> subprocess.Popen[str]:
+    """A silent process on these processors."""
+    return subprocess.Popen(
+        ["taskset", "--cpu-list", processors, *words],
         env=environment,
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+@contextmanager
+def running(checkpoint: Path, **settings: Any) -> Generator[tuple[str, int]]:
+    """A service on both processors: where, and its pid."""
+    port = free_port()
+    command, environment = serve_command(checkpoint, port, **settings)
+    process = begin(command, environment)
     try:
         url = f"http://127.0.0.1:{port}"
         until_ready(f"{url}/health/ready", process)
