@@ -139,9 +139,13 @@ class Mean:
         vectors: Float[Tensor, "batch block *shape"],
         share: Float[Tensor, " batch"],
     ) -> "Mean":
-        """The mean with one more block, which has this share of the weight."""
-        w = normalise(log_weights)
-        block = torch.einsum("bk,bk...->b...", w, vectors)
+        """The mean with one more block, which has this share of the weight.
+
+        An image at a time: in a product of several some processors add up each in another order.
+        """
+        w, rows = normalise(log_weights), vectors.flatten(2)
+        sums = [of_image @ image for of_image, image in zip(w, rows, strict=True)]
+        block = torch.stack(sums).unflatten(-1, vectors.shape[2:])
         part = share.to(block).reshape(-1, *[1] * (block.ndim - 1))
         return Mean((1 - part) * self.value + part * block)
 

@@ -74,12 +74,12 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[api.State]:
         models = Models(settings.checkpoints, device=settings.device, memory=settings.max_models)
-        await asyncio.to_thread(models.start, settings.model)
-        gc.collect()
-        gc.freeze()  # libraries and models stay: a collection shall not walk them while all wait
         engine = _engine(settings)
         engine.start()
         try:
+            await asyncio.to_thread(models.start, settings.model)
+            gc.collect()
+            gc.freeze()  # libraries and models stay: no collection shall walk them while all wait
             async with AsyncExitStack() as stack:
                 codecs = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="codec"))
                 batches = await stack.enter_async_context(_batches(settings, engine))

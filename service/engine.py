@@ -191,8 +191,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to admit jobs."""
+        """Begins to admit jobs; threads that begin from now on have as many of PyTorch's."""
         _keep_memory()
+        torch.set_num_threads(self._threads)
         self._thread.start()
         self._open = True
 
@@ -280,7 +281,6 @@ class Engine:
         return Overloaded(waiting=waiting, limit=self._max_waiting, seconds=seconds)
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
         stopping = False
         with torch.inference_mode():
             while not (stopping and self._idle):

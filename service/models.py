@@ -9,17 +9,20 @@ room where all together would take more memory than they may.
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model import checkpoint, likelihood
+from model import checkpoint
 from model.checkpoint import CARD, Card, Checkpoint, CheckpointError
+from model.imputation import impute
 from model.latent import LatentVariableModel
+from model.likelihood import BLOCK, finish, score
 from model.masks import Incomplete
-from model.noise import NoisePerImage
+from model.noise import Noise, NoisePerImage
 from service.errors import Failed, UnknownModel
 
 __all__ = ["Card", "CheckpointError", "Model", "Models"]
@@ -34,17 +37,8 @@ class Model:
     name: str
     card: Card
     network: LatentVariableModel
-
-    @cached_property
-    def together(self) -> bool:
-        """Whether images have the same bits together as alone.
-
-        They have where all is products and functions of MKL's, which treat a row like any other.
-        """
-        parts, cpu = self.card.architecture, self.network.device.type == "cpu"
-        return (
-            cpu and torch.backends.mkl.is_available() and parts.encoder == parts.decoder == "mlp"
-        )
+    together: bool
+    """Whether images have the same bits together as alone."""
 
     def write(self, folder: Path) -> None:
         """Makes a checkpoint of it, for who needs this very one later."""
@@ -156,7 +150,7 @@ class Models:
             log.warning("A checkpoint was refused: %s", error)
             raise
         _warm(read.model)
-        return Model(name, read.card, read.model)
+        return Model(name, read.card, read.model, _dense(read) and _alike(read.model))
 
     def _make_room(self, name: str) -> None:
         """Forgets what was used longest ago; the model that is wanted now always stays."""
@@ -185,4 +179,37 @@ def _warm(network: LatentVariableModel) -> None:
     values = torch.zeros(1, *network.architecture.image_shape, device=network.device)
     blank = Incomplete.hide(values, torch.zeros_like(values, dtype=torch.bool))
     with torch.inference_mode():
-        likelihood.finish(likelihood.score(network, blank, NoisePerImage.of(0, [0]), particles=1))
+        finish(score(network, blank, NoisePerImage.of(0, [0]), particles=1))
+
+
+def _dense(read: Checkpoint) -> bool:
+    """Whether all is products and functions of MKL's, which mostly treat a row like any other."""
+    parts, cpu = read.card.architecture, read.model.device.type == "cpu"
+    return cpu and torch.backends.mkl.is_available() and parts.encoder == parts.decoder == "mlp"
+
+
+def _alike(network: LatentVariableModel) -> bool:
+    """Whether some images with holes have the same bits together as alone, on this processor."""
+    with torch.inference_mode():
+        truth, noise = network.sample(TRIED, Noise(0)), Noise(0).at("mask")
+        seen = noise.uniform(TRIED, *truth.shape[1:], like=truth) < HALF
+        images = Incomplete.hide(truth, seen)
+        together = _completed(network, images, range(TRIED))
+        alone = [_completed(network, images[i : i + 1], [i]) for i in range(TRIED)]
+    return all(
+        torch.equal(whole, torch.cat(parts))
+        for whole, *parts in zip(together, *alone, strict=True)
+    )
+
+
+def _completed(
+    network: LatentVariableModel, images: Incomplete, index: Sequence[int]
+) -> list[Tensor]:
+    noise = NoisePerImage.of(0, index)
+    done = finish(impute(network, images, noise, particles=2 * BLOCK))
+    return [done.mean, done.std, done.draws, done.log_likelihood.value]
+
+
+TRIED = 5
+"""Images: their rows are no multiple of those that a processor takes at once."""
+HALF = 0.5

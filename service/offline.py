@@ -265,9 +265,9 @@ class Actor:
     """One process of Ray's: a model, and an engine."""
 
     def __init__(self, task: Task) -> None:
-        self._task, self._operation = task, task.operation()
-        self._running = task.engine()
+        self._task, self._running = task, task.engine()
         self._engine = self._running.__enter__()
+        self._operation = task.operation()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Works on the parts of these numbers."""

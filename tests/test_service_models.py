@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import CheckpointError
+from model.networks import MlpDecoder
 from service.errors import Failed, UnknownModel
 from service.models import Models
 from tests.wire import write_checkpoint
@@ -177,3 +179,18 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("model.checkpoint.read", counted)
     return names
+
+
+def test_whether_images_have_the_same_bits_together_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a processor's products depend on the rows beside, images are worked on alone."""
+    write_checkpoint(tmp_path)
+    assert _models(tmp_path).get("tiny").together
+    forward = MlpDecoder.forward
+
+    def otherwise(self: MlpDecoder, latents: Tensor) -> Tensor:
+        return forward(self, latents) * (1 + 1e-6 * len(latents))
+
+    monkeypatch.setattr(MlpDecoder, "forward", otherwise)
+    assert not _models(tmp_path).get("tiny").together

@@ -127,7 +127,7 @@ def test_a_folder_says_what_it_was_begun_with(file: Path, models: Path, tmp_path
 
 
 ENDLESS = """
-import asyncio
+import asyncio, signal
 from service import batches, cli, parts
 
 async def work(self, number, *rest):
@@ -135,6 +135,7 @@ async def work(self, number, *rest):
         await asyncio.sleep(3600)
     return await whole(self, number, *rest)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 batches.MOST_ITEMS = 3
 whole, parts.Parts.work = parts.Parts.work, work
 cli.app()
@@ -165,11 +166,14 @@ def test_what_was_stopped_goes_on_where_it_was(
     asked = {"particles": 6000, "quality": "fast"}
     out = tmp_path / "out"
     with _begun(file, out, models) as process:
-        while len(list(out.glob("*/results/*"))) < 2:
-            assert process.poll() is None
-            threading.Event().wait(0.01)
-        process.send_signal(number)
-        _, told = process.communicate()
+        try:
+            while len(list(out.glob("*/results/*"))) < 2:
+                assert process.poll() is None
+                threading.Event().wait(0.01)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     finished = {int(path.name) for path in out.glob("*/results/*")}
 
     again = _run(file, out, models, **asked)
