@@ -142,9 +142,8 @@ def run(
         _fail('Expected Ray; got none. Run: pip install ".[ray]"')
     if engine == "local" and workers is not None:
         _fail(f"Expected workers with --engine ray only; got {workers}.")
-    given: dict[str, Any] = {} if checkpoints is None else {"checkpoints": checkpoints}
     try:
-        settings = Settings(**given)
+        settings = Settings.read(checkpoints=checkpoints)
         with _telling() as told:
             done = offline.run(
                 source, out, asked, settings=settings, engine=engine, workers=workers, told=told
@@ -153,6 +152,8 @@ def run(
         _fail(str(error))
     except ValidationError as error:
         _fail(" ".join(f"--{each['loc'][0]}: {each['msg']}." for each in error.errors()))
+    except ValueError as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -11,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -303,8 +302,8 @@ def _threads(jobs: int = 1) -> int:
 
 def _settings(**flags: Any) -> Settings:
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
+        return Settings.read(**flags)
+    except ValueError as error:
         _fail(str(error))
 
 

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "processors"]
@@ -57,6 +57,18 @@ class Settings(BaseSettings):
     )
     drain: PositiveFloat = Field(20.0, description="Seconds that running requests get at the end.")
 
+    @classmethod
+    def read(cls, **flags: Any) -> Self:
+        """The settings of the environment, and of flags that are not None in their place.
+
+        Raises:
+            ValueError: Values that they cannot have, a line each.
+        """
+        try:
+            return cls(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            raise ValueError("\n".join(map(_worded, error.errors()))) from None
+
     @model_validator(mode="after")
     def _database_for_buckets(self) -> Self:
         if "://" in self.batches and not self.database:
@@ -70,6 +82,15 @@ class Settings(BaseSettings):
     def database_address(self) -> str:
         """As SQLAlchemy takes it."""
         return self.database or f"sqlite:///{Path(self.batches).absolute() / 'batches.sqlite'}"
+
+
+def _worded(error: Any) -> str:
+    """A setting, what was expected of it, and what came."""
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if not error["loc"]:
+        return f"{expected[:1].upper()}{expected[1:]}."
+    name = error["loc"][0]
+    return f"{name} (MISS_IWEM_{name.upper()}): {expected}; got {error['input']!r}."
 
 
 def processors() -> float:
