@@ -329,6 +329,8 @@ class Engine:
 
     def _begin(self) -> None:
         """Begins as much of what waits as there may be at once, what is alike together."""
+        if not (self._requests or self._background):
+            return
         room = self._at_once - sum(len(group.tasks) for group in self._groups)
         while room > 0 and (taken := self._next(room)):
             tasks = [task for task in taken if not self._ended(task, begun=False)]
@@ -363,6 +365,8 @@ class Engine:
 
         One that has been there for long has a turn beside the requests.
         """
+        if len(self._groups) == 1:
+            return self._groups
         requests = [group for group in self._groups if not group.background]
         background = (group for group in self._groups if group.background)
         longest = sorted(background, key=lambda group: group.turn)[:1]
