@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
@@ -41,7 +41,7 @@ from model.refit import polished
 from model.stages import Stages
 from model.team import Team
 
-__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
+__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run", "optimizer"]
 
 RECIPE, STATE, METRICS, LEDGER, CHECKPOINT = (
     "recipe.json",
@@ -97,6 +97,13 @@ class State:
 PLACE = ("step", "validated", "sums", "best_bound", "best_epoch", "seconds")
 
 
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """What takes a recipe's steps with all weights of a model."""
+    return torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
 class Run:
     """The training of one model in one folder."""
 
@@ -117,10 +124,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
         self._check_parts()
         model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        self.state = State(model, optimizer, _copy(model))
+        self.state = State(model, optimizer(recipe, model), _copy(model))
         self.unseen: list[Climbed] = []
         self.since, self.ledger = replace(self.state), ""
         self.clock = self.saved = time.monotonic()
@@ -469,8 +473,8 @@ class Run:
         for name, value in parts["adam"].items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = value
-        optimizer = self.state.optimizer
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        adam = self.state.optimizer
+        adam.load_state_dict({**adam.state_dict(), "state": moments})
         self.state.model.load_state_dict(parts["model"])
         self.state.best = parts["best"]
         # Version 0.1.0 saved at an epoch's end only after it was validated, and did not say so.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.masks import Incomplete
 from model.objectives import Climbed, ascend
-from model.run import Run
+from model.run import Run, optimizer
 from model.stack import NoisePerModel, stacked
 
 __all__ = ["Together"]
@@ -19,12 +19,7 @@ class Together:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, lead = runs, runs[0]
         self.model = stacked([run.state.model for run in runs])
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lead.recipe.learning_rate,
-            weight_decay=lead.recipe.weight_decay,
-            fused=True,
-        )
+        self.optimizer = optimizer(lead.recipe, self.model)
         for whole, parts in self._parameters():
             moments = [run.state.optimizer.state[p] for run, p in zip(runs, parts, strict=True)]
             if moments[0]:
