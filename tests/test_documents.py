@@ -24,7 +24,8 @@ API = (ROOT / "docs/api.md").read_text()
 MODEL = (ROOT / "docs/model.md").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 PROXY = (ROOT / "haproxy.cfg").read_text()
-SHIPPED = checkpoint.read_card(ROOT / "checkpoints/static-mnist-miss-iwem")
+CARDS = [checkpoint.read_card(path.parent) for path in ROOT.glob("checkpoints/*/card.json")]
+(SHIPPED,) = [card for card in CARDS if card.name == Settings.model_fields["model"].default]
 
 
 def test_the_changelog_begins_with_the_version_of_the_package() -> None:
@@ -144,6 +145,21 @@ def test_the_readme_gives_the_calibration_of_the_card() -> None:
     assert f"p = {own['rank_p_value']}" in README
 
 
+def test_the_readme_gives_the_calibration_of_the_other_card() -> None:
+    """What the README says of the checkpoint with even ranks is its card's."""
+    (card,) = [card for card in CARDS if card is not SHIPPED]
+    three, six, own = card.results["diagnostics"]["calibration"]
+
+    assert f"`checkpoints/{card.name}`" in README
+    assert f"there (p = {three['rank_p_value']}, {100 * three['coverage']:.1f}% " in README
+    assert f"with 6 (p = {six['rank_p_value']:.0e})" in README
+    assert f"error is {three['expected_calibration_error']:.3f}, " in README
+    assert f"own images p = {own['rank_p_value']}" in README
+    found, predicted = card.results["raw"]["mean"], card.results["predictive"][0]["mean"]
+    assert f"log p(x) is −{-found:.2f} by" in README
+    assert f"missing {-predicted:.1f} nats" in README
+
+
 def checkpoint_row(card: Card) -> str:
     """A row of the table of checkpoints."""
     raw = card.results["raw"]
@@ -156,21 +172,19 @@ def checkpoint_row(card: Card) -> str:
 
 def test_the_table_of_checkpoints_is_that_of_their_cards() -> None:
     """checkpoints/README.md has a row for each checkpoint, with the card's numbers."""
-    folder = ROOT / "checkpoints"
-    rows = [checkpoint_row(checkpoint.read_card(p.parent)) for p in folder.glob("*/card.json")]
+    table = (ROOT / "checkpoints/README.md").read_text().splitlines()
+    assert sorted(map(checkpoint_row, CARDS)) == sorted(
+        line for line in table if line.startswith("| `")
+    )
 
-    table = (folder / "README.md").read_text().splitlines()
-    assert sorted(rows) == sorted(line for line in table if line.startswith("| `"))
 
-
-def test_the_shipped_recipe_is_that_of_the_card() -> None:
-    """`miss-iwem train static-mnist-miss-iwem` follows the recipe that the card records.
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_shipped_recipe_is_that_of_the_card(card: Card) -> None:
+    """`miss-iwem train NAME` follows the recipe that the card of this name records.
 
     A name that is younger than the card has its default.
     """
-    recorded = stored(SHIPPED)
-
-    assert recorded == asdict(read_recipe("static-mnist-miss-iwem"))
+    assert stored(card) == asdict(read_recipe(card.name))
 
 
 def stored(card: Card) -> dict[str, Any]:
