@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import api, batch_api, schemas
+from service import api, batch_api, codec, schemas
 from service.batches import Batches
 from service.engine import Engine
 from service.errors import (
@@ -78,6 +78,7 @@ def _lifespan(
         engine.start()
         try:
             await asyncio.to_thread(models.start, settings.model)
+            await asyncio.to_thread(codec.warm)
             gc.collect()
             gc.freeze()  # libraries and models stay: no collection shall walk them while all wait
             async with AsyncExitStack() as stack:

@@ -19,7 +19,16 @@ from PIL.ImageFile import ImageFile
 
 from service.errors import BadInput, UnknownFormat
 
-__all__ = ["Picture", "Shape", "encode", "read_mask", "read_picture", "to_npy", "to_png"]
+__all__ = [
+    "Picture",
+    "Shape",
+    "encode",
+    "read_mask",
+    "read_picture",
+    "to_npy",
+    "to_png",
+    "warm",
+]
 
 Shape = tuple[int, int, int]
 Encoded = str | bytes | list[Any]
@@ -29,6 +38,11 @@ NUMBERS = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def warm() -> None:
+    """Loads what reads each format, so that the first picture does not wait for it."""
+    Image.init()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.codec import Picture, encode, read_mask, read_picture
+from service.codec import FORMATS, Picture, encode, read_mask, read_picture
 from service.errors import BadInput, Problem, UnknownFormat
 from tests.wire import (
     COLOUR,
@@ -352,3 +354,13 @@ def test_a_picture_is_read_from_its_header_first():
     with pytest.raises(BadInput, match="5000x5000"):
         _read(text(cut))
     assert isinstance(Image.open(io.BytesIO(cut)), Image.Image)
+
+
+def test_what_reads_pictures_is_there_before_the_first() -> None:
+    """After `warm` no format has to be loaded any more."""
+    told = "from PIL import Image; from service import codec; codec.warm(); print(*Image.OPEN)"
+    found = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, check=True
+    )
+
+    assert set(FORMATS) <= set(found.stdout.split())
