@@ -21,7 +21,7 @@ from service.client import Batch, Client
 from service.schemas import BatchQuery, ImputeOptions
 from service.settings import Settings
 
-__all__ = ["batch_app"]
+__all__ = ["batch_app", "fail", "read_settings"]
 
 batch_app = typer.Typer(help="Files of many images.", no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def status(
 ) -> None:
     """Say how a batch is, or how the latest are."""
     if name is None and watch:
-        _fail("Expected the id of the batch that is to be watched; got none.")
+        fail("Expected the id of the batch that is to be watched; got none.")
     with _service(server) as service:
         if name is not None and watch:
             _watch(service.watch(name))
@@ -139,21 +139,19 @@ def run(
 ) -> None:
     """Work on a file without a service; what was stopped goes on where it was."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        _fail('Expected Ray; got none. Run: pip install ".[ray]"')
+        fail('Expected Ray; got none. Run: pip install ".[ray]"')
     if engine == "local" and workers is not None:
-        _fail(f"Expected workers with --engine ray only; got {workers}.")
+        fail(f"Expected workers with --engine ray only; got {workers}.")
+    settings = read_settings(checkpoints=checkpoints)
     try:
-        settings = Settings.read(checkpoints=checkpoints)
         with _telling() as told:
             done = offline.run(
                 source, out, asked, settings=settings, engine=engine, workers=workers, told=told
             )
     except (errors.Problem, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except ValidationError as error:
-        _fail(" ".join(f"--{each['loc'][0]}: {each['msg']}." for each in error.errors()))
-    except ValueError as error:
-        _fail(str(error))
+        fail(" ".join(f"--{each['loc'][0]}: {each['msg']}." for each in error.errors()))
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -169,7 +167,7 @@ def _service(address: str) -> Generator[Client]:
         with Client(address) as service:
             yield service
     except (client.Problem, client.Unreachable, OSError) as failure:
-        _fail(str(failure))
+        fail(str(failure))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
@@ -247,7 +245,16 @@ def _told(rate: float | None, left: float | None) -> str:
     return f"{rate:.1f}/s" + ("" if left is None else f", {timedelta(seconds=round(left))} left")
 
 
-def _fail(message: str) -> NoReturn:
+def read_settings(**flags: Any) -> Settings:
+    """The settings, of which wrong ones end the command."""
+    try:
+        return Settings.read(**flags)
+    except ValueError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command, which cannot be what was meant."""
     typer.echo(message, err=True)
     raise typer.Exit(2)
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import uvicorn
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service.app import create_app, working
-from service.batch_cli import batch_app
-from service.settings import Settings, processors
+from service.batch_cli import batch_app, fail, read_settings
+from service.settings import processors
 
 __all__ = ["app", "serve"]
 
@@ -42,7 +42,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
 ) -> None:
     """Serve over HTTP; every setting is also an environment variable MISS_IWEM_<NAME>."""
-    settings = _settings(
+    settings = read_settings(
         http_host=host, http_port=port, checkpoints=checkpoints, device=device, threads=threads
     )
     # uvicorn drains on SIGTERM, and then raises it again
@@ -64,9 +64,9 @@ def worker(
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
 ) -> None:
     """Work on batches, as one of any number; every setting is also a variable MISS_IWEM_<NAME>."""
-    settings = _settings(database=database, batches=batches, device=device, threads=threads)
+    settings = read_settings(database=database, batches=batches, device=device, threads=threads)
     if not settings.database or not settings.batches:
-        _fail("Expected a database and a place of batches, which workers share; got none.")
+        fail("Expected a database and a place of batches, which workers share; got none.")
     working(settings)
 
 
@@ -114,7 +114,7 @@ def fit(
         )
         card = climb(out, asked)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     training = card.training
     typer.echo(
         f"Done: {out}, {training['epochs']} iterations, log p of what is observed of an image "
@@ -163,7 +163,7 @@ def evaluate(
             seed=seed,
         )
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     _show(card.results)
     if "diagnostics" in asked:
         from model.curves import diagnostics  # noqa: PLC0415
@@ -195,13 +195,13 @@ def reproduce(
 
     for name, value, known in (("table", table, TABLES), ("schedule", schedule, SCHEDULES)):
         if value not in known:
-            _fail(f"Expected a {name} of {', '.join(known)}; got {value!r}.")
+            fail(f"Expected a {name} of {', '.join(known)}; got {value!r}.")
     units = {"h": 60, "m": 1}
     if budget[-1:] not in units or not budget[:-1].isdecimal():
-        _fail(f"Expected a budget such as 2h or 30m; got {budget!r}.")
+        fail(f"Expected a budget such as 2h or 30m; got {budget!r}.")
     chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only or ()))
     if not chosen:
-        _fail(f"Expected parts of the names of cells; got {', '.join(only or ())!r}.")
+        fail(f"Expected parts of the names of cells; got {', '.join(only or ())!r}.")
     run(
         chosen,
         lambda words: subprocess.call([sys.executable, "-m", "service", *words]),
@@ -243,7 +243,7 @@ def picture(
             seed=seed,
         )
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -256,12 +256,12 @@ def models(
     table = Table("name", "objective", "missing", "data", "epochs", "validation bound")
     paths = sorted(folder.glob("[!.]*/card.json"))
     if not paths:
-        _fail(f"Expected checkpoints in {folder}; got none.")
+        fail(f"Expected checkpoints in {folder}; got none.")
     for path in paths:
         try:
             card = read_card(path.parent)
         except CheckpointError as error:
-            _fail(str(error))
+            fail(str(error))
         table.add_row(
             card.name,
             card.objective,
@@ -282,13 +282,13 @@ def fetch(name: str) -> None:
         for path in data.fetch(name):
             typer.echo(path)
     except data.DataError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _needs_plots() -> None:
     """Fails before hours of work, not after them."""
     if importlib.util.find_spec("matplotlib") is None:
-        _fail('Expected matplotlib, which draws the plots; got none. Run: pip install ".[train]"')
+        fail('Expected matplotlib, which draws the plots; got none. Run: pip install ".[train]"')
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -298,15 +298,3 @@ def _show(results: dict[str, Any]) -> None:
 def _threads(jobs: int = 1) -> int:
     """As many as share the processors that may be used."""
     return max(1, int(processors() / jobs))
-
-
-def _settings(**flags: Any) -> Settings:
-    try:
-        return Settings.read(**flags)
-    except ValueError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)

@@ -365,7 +365,7 @@ class Engine:
 
         One that has been there for long has a turn beside the requests.
         """
-        if len(self._groups) == 1:
+        if len(self._groups) == 1:  # a lone request shall not wait for choices beside its stages
             return self._groups
         requests = [group for group in self._groups if not group.background]
         background = (group for group in self._groups if group.background)

@@ -20,9 +20,10 @@ from model import checkpoint
 from model.checkpoint import CARD, Card, Checkpoint, CheckpointError
 from model.imputation import impute
 from model.latent import LatentVariableModel
-from model.likelihood import BLOCK, finish, score
-from model.masks import Incomplete
+from model.likelihood import BLOCK, score
+from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
+from model.stages import finish
 from service.errors import Failed, UnknownModel
 
 __all__ = ["Card", "CheckpointError", "Model", "Models"]
@@ -191,9 +192,9 @@ def _dense(read: Checkpoint) -> bool:
 def _alike(network: LatentVariableModel) -> bool:
     """Whether some images with holes have the same bits together as alone, on this processor."""
     with torch.inference_mode():
-        truth, noise = network.sample(TRIED, Noise(0)), Noise(0).at("mask")
-        seen = noise.uniform(TRIED, *truth.shape[1:], like=truth) < HALF
-        images = Incomplete.hide(truth, seen)
+        shape, generator = network.architecture.image_shape, Noise(0).at("mask").generator()
+        seen = mechanism("mcar:0.5")(TRIED, shape, generator)
+        images = Incomplete.hide(network.sample(TRIED, Noise(0)), seen)
         together = _completed(network, images, range(TRIED))
         alone = [_completed(network, images[i : i + 1], [i]) for i in range(TRIED)]
     return all(
@@ -212,4 +213,3 @@ def _completed(
 
 TRIED = 5
 """Images: their rows are no multiple of those that a processor takes at once."""
-HALF = 0.5

@@ -9,11 +9,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "processors"]
 
+PREFIX = "MISS_IWEM_"
+
 
 class Settings(BaseSettings):
     """Read once, at the start; each name is an environment variable MISS_IWEM_<NAME>."""
 
-    model_config = SettingsConfigDict(env_prefix="MISS_IWEM_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     checkpoints: Path = Field(Path("checkpoints"), description="Folder of the checkpoints.")
     model: str = Field(
@@ -90,7 +92,7 @@ def _worded(error: Any) -> str:
     if not error["loc"]:
         return f"{expected[:1].upper()}{expected[1:]}."
     name = error["loc"][0]
-    return f"{name} (MISS_IWEM_{name.upper()}): {expected}; got {error['input']!r}."
+    return f"{name} ({PREFIX}{name.upper()}): {expected}; got {error['input']!r}."
 
 
 def processors() -> float:
