@@ -163,7 +163,8 @@ class GatedConvEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch latent"]]:
         """The mean and the logarithm of the standard deviation of q(z | x)."""
         planes = self.convolutions(values.flatten(0, -4)).flatten(1)
-        mean, log_variance = self.out(planes).unflatten(0, values.shape[:-3]).chunk(2, dim=-1)
+        out = self.out(planes).to(values)
+        mean, log_variance = out.unflatten(0, values.shape[:-3]).chunk(2, dim=-1)
         return mean, 0.5 * log_variance.clamp(-6, 2)
 
 
@@ -191,7 +192,7 @@ class GatedConvDecoder(nn.Module):
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
         planes = self.dense(latents).flatten(0, -2).unflatten(-1, self.image_shape)
-        return self.convolutions(planes).unflatten(0, latents.shape[:-1])
+        return self.convolutions(planes).to(latents).unflatten(0, latents.shape[:-1])
 
 
 class Gated(nn.Module):
@@ -236,16 +237,19 @@ def _through(
     inputs: Float[Tensor, "*batch inputs"],
     packed: list[Tensor] | None = None,
 ) -> Tensor:
-    """The outputs of fully connected layers, a row's the same whatever rows are beside it."""
+    """The outputs of fully connected layers, a row's the same whatever rows are beside it.
+
+    Where autocast has products in bf16, the outputs are of the inputs' precision nevertheless.
+    """
     if torch.is_grad_enabled():
-        return layers(inputs)
+        return layers(inputs).to(inputs)
     rows = inputs.flatten(0, -2)
     stacked = not all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers)
     whole = rows if stacked else _filled_up(rows)  # a stack shares its rows out among models
     if packed is not None and torch.is_inference_mode_enabled():
         found = _packed(layers, packed, whole)
     else:
-        found = _in_place(layers, whole)
+        found = _in_place(layers, whole).to(inputs)
     return found[: len(rows)].unflatten(0, inputs.shape[:-1])
 
 

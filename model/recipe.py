@@ -95,7 +95,8 @@ class Recipe:
     polish_steps: int = 0
     """Steps in which the best model's encoder learns from its completions, at the end."""
     precision: str = "highest"
-    """Of matrix products: highest (fp32), high (TF32) or medium (bf16 products, fp32 sums)."""
+    """Of matrix products: highest (fp32), high (TF32) or medium (bf16 in the
+    networks, where the processor has it, and fp32 log-densities)."""
     seed: int = 0
     """The same recipe with the same seed gives the same weights."""
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,21 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
+
+
+def products(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """Has the networks' products in bf16, if the recipe wants it and the processor has them.
+
+    What networks give, and so every log-density, is in single precision all the same.
+    The casts are not kept: one that was made without gradients would be taken for those with.
+    """
+    here = device.type != "cpu" or BF16_CPU
+    return torch.autocast(
+        device.type, torch.bfloat16, recipe.precision == "medium" and here, cache_enabled=False
+    )
+
+
+BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
 class Run:
@@ -239,9 +255,10 @@ class Run:
         images, noise, share = self.ask()
         for climb in objective.climbs:
             state.optimizer.zero_grad()
-            climbed = ascend(
-                objective, state.model, images, noise.at(climb), **self.settings, climb=climb
-            )
+            with products(self.recipe, self.device):
+                climbed = ascend(
+                    objective, state.model, images, noise.at(climb), **self.settings, climb=climb
+                )
             self.team.average_gradients(state.model.parameters(), share=share)
             state.optimizer.step()
             if climb != "encoder":

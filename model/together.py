@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.masks import Incomplete
 from model.objectives import Climbed, ascend
-from model.run import Run, optimizer
+from model.run import Run, optimizer, products
 from model.stack import NoisePerModel, stacked
 
 __all__ = ["Together"]
@@ -44,7 +44,10 @@ class Together:
         for climb in objective.climbs:
             self.optimizer.zero_grad()
             noise = NoisePerModel(tuple(noise.at(climb) for _, noise, _ in asked))
-            climbed = ascend(objective, self.model, images, noise, **lead.settings, climb=climb)
+            with products(lead.recipe, lead.device):
+                climbed = ascend(
+                    objective, self.model, images, noise, **lead.settings, climb=climb
+                )
             self.optimizer.step()
             if climb != "encoder":
                 self._tell(climbed)

@@ -269,7 +269,7 @@ def _stop_signals() -> Generator[list[int]]:
 @contextmanager
 def _matmul_precision(precision: str) -> Generator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from model.latent import LatentVariableModel, Particles
+from model.latent import Architecture, LatentVariableModel, Particles
 from model.masks import Incomplete
 from model.noise import Noise, Source
 from model.objectives import (
@@ -605,3 +605,31 @@ def test_a_step_knows_the_variance_of_its_estimates(objective: Objective):
 
     assert climbed.elbo_variance.item() == pytest.approx(of_elbo, rel=1e-10)
     assert climbed.q_hat_variance.item() == pytest.approx(of_q_hat, rel=1e-10)
+
+
+NETWORKS = {
+    "mlp": Architecture(hidden=(16,), latent=4),
+    "mlp, two layers": Architecture(hidden=(16,), latent=4, upper=3, upper_hidden=(6,)),
+    "linear": Architecture(decoder="linear", hidden=(16,), latent=4),
+    "gated-conv": Architecture(encoder="gated-conv", decoder="gated-conv", hidden=(16,), latent=4),
+}
+
+
+@pytest.mark.parametrize("p_step", P_STEPS)
+@pytest.mark.parametrize("architecture", NETWORKS.values(), ids=NETWORKS.keys())
+def test_products_in_bf16_climb_as_those_in_fp32(architecture: Architecture, p_step: str):
+    """Rounded networks leave gradients in fp32 that point where the exact ones do."""
+    objective = whole(OBJECTIVES["iwem-woa"], p_step=p_step)
+    values = Noise(1).uniform(4, 1, 28, 28, like=torch.empty(0)).round()
+    images = Incomplete.hide(values, values.roll(5, -1) < 0.5)
+    exact, rounded = architecture.build(Noise(0)), architecture.build(Noise(0))
+    expected = ascend(objective, exact, images, NOISE, particles=5)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        climbed = ascend(objective, rounded, images, NOISE, particles=5)
+
+    torch.testing.assert_close(climbed.bound, expected.bound, rtol=0.005, atol=0)
+    assert climbed.bound.dtype == torch.float32
+    assert climbed.bound != expected.bound
+    found, true = (torch.cat([g.flatten() for g in _left(m).values()]) for m in (rounded, exact))
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found, true, dim=0) > 0.99

@@ -37,7 +37,7 @@ from model.recipe import (
     stored_recipe,
 )
 from model.refinement import Refinement
-from model.run import Diverged, Run
+from model.run import BF16_CPU, Diverged, Run
 from model.stages import finish
 from model.train import Interrupted, main
 
@@ -278,6 +278,16 @@ def test_signals_are_the_callers_again_afterwards(bars: str, tmp_path: Path) -> 
     _train(tmp_path / "run", bars, precision="medium")
 
     assert (signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()) == before
+
+
+def test_products_in_bf16_are_where_the_processor_has_them(bars: str, tmp_path: Path) -> None:
+    """`medium` trains other weights, in fp32 too; on any other processor it changes nothing."""
+    exact = _train(tmp_path / "exact", bars)
+    rounded = _train(tmp_path / "rounded", bars, precision="medium")
+
+    kept = (_state(rounded)[name].dtype for name in _state(exact))
+    assert set(kept) == {tensor.dtype for tensor in _state(exact).values()}
+    assert _same(exact, rounded) is not BF16_CPU
 
 
 def test_finished_run_is_left_as_it_is(bars: str, tmp_path: Path) -> None:
