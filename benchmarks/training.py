@@ -5,7 +5,8 @@
 A step is compared with the time of its matrix products alone (forward, and back to the weights
 and to the inputs, for every particle), with that of the products that it really does (only some
 particles are sent back), and with a straightforward implementation: a copy of the image for each
-particle, a pass through the decoder for each of the two steps, torch's own functions.
+particle, a pass through the decoder for each of the two steps, torch's own functions; and with
+one whose networks have their products in bf16.
 An evaluation is compared with its forward products. The sides take turns, and medians are given.
 """
 
@@ -26,6 +27,7 @@ from model.likelihood import BLOCK, Scores, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective, ascend
+from model.run import products
 from model.stack import NoisePerModel, stacked
 from model.stages import finish
 
@@ -56,6 +58,7 @@ def main() -> None:
             "products": _products(BATCH * said.particles, device, back=1.0),
             "products done": _products(BATCH * said.particles, device, back=objective.way_back),
             "straightforward": _straightforward(images, said.particles),
+            "step in bf16": _step(objective, images, said.particles, precision="medium"),
         }
         times = _interleaved(sides, said.rounds, device)
         _print(show, f"{name}, K = {said.particles}, batch {BATCH}", times, "step")
@@ -89,14 +92,18 @@ def _adam(model: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), 1e-4, fused=True)
 
 
-def _step(objective: Objective, images: Incomplete, particles: int) -> Callable[[], object]:
-    model = _model(images.values.device).compiled()
+def _step(
+    objective: Objective, images: Incomplete, particles: int, *, precision: str = "highest"
+) -> Callable[[], object]:
+    device = images.values.device
+    model = _model(device).compiled()
     optimizer = _adam(model)
     noises = iter(Noise(1).at(step) for step in range(10**9))
 
     def step() -> None:
         optimizer.zero_grad()
-        ascend(objective, model, images, next(noises), particles=particles)
+        with products(precision, device):
+            ascend(objective, model, images, next(noises), particles=particles)
         optimizer.step()
 
     return step

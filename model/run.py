@@ -105,19 +105,20 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
     )
 
 
-def products(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    """Has the networks' products in bf16, if the recipe wants it and the processor has them.
+def products(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Has the networks' products in bf16, if that is the precision and the processor has them.
 
     What networks give, and so every log-density, is in single precision all the same.
     The casts are not kept: one that was made without gradients would be taken for those with.
     """
     here = device.type != "cpu" or BF16_CPU
     return torch.autocast(
-        device.type, torch.bfloat16, recipe.precision == "medium" and here, cache_enabled=False
+        device.type, torch.bfloat16, precision == "medium" and here, cache_enabled=False
     )
 
 
-BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+"""Whether this processor multiplies bf16 itself: others would be slower with it than without."""
 
 
 class Run:
@@ -255,7 +256,7 @@ class Run:
         images, noise, share = self.ask()
         for climb in objective.climbs:
             state.optimizer.zero_grad()
-            with products(self.recipe, self.device):
+            with products(self.recipe.precision, self.device):
                 climbed = ascend(
                     objective, state.model, images, noise.at(climb), **self.settings, climb=climb
                 )

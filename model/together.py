@@ -44,7 +44,7 @@ class Together:
         for climb in objective.climbs:
             self.optimizer.zero_grad()
             noise = NoisePerModel(tuple(noise.at(climb) for _, noise, _ in asked))
-            with products(lead.recipe, lead.device):
+            with products(lead.recipe.precision, lead.device):
                 climbed = ascend(
                     objective, self.model, images, noise, **lead.settings, climb=climb
                 )
