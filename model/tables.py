@@ -138,8 +138,14 @@ class Cell:
     @property
     def words(self) -> list[str]:
         """What is trained, as words of `miss-iwem train`."""
-        said = self.changes.items()
-        return [self.row, *(f"--{name.replace('_', '-')}={value}" for name, value in said)]
+        return [self.row, *(_word(name.replace("_", "-"), v) for name, v in self.changes.items())]
+
+
+def _word(name: str, value: Any) -> str:
+    """A value as an option; one that is true or false is a flag."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def cells(

@@ -14,7 +14,7 @@ from model import checkpoint
 from model.checkpoint import Card, Checkpoint
 from model.latent import Architecture
 from model.noise import Noise
-from model.recipe import shipped
+from model.recipe import FIELDS, parser, read_recipe, shipped
 from model.reproduce import reproduce
 from model.tables import SCHEDULES, TABLES, Cell, cells, page
 from model.train import MORE_TO_DO
@@ -36,6 +36,15 @@ def test_every_cell_is_a_recipe_that_can_be_followed(cell: Cell) -> None:
     assert cell.row in shipped()
     assert cell.recipe.objective == TABLES[cell.table].columns[cell.column]["objective"]
     assert cell.recipe.redraw == ("redraw" in cell.row)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_the_words_of_a_cell_are_its_recipe(cell: Cell) -> None:
+    """What the command line reads of a cell is what the cell is of."""
+    said = vars(parser().parse_args(cell.words))
+    changes = {name: value for name, value in said.items() if name in FIELDS}
+
+    assert read_recipe(said["recipe"], **changes) == cell.recipe
 
 
 def test_one_name_is_one_training() -> None:
