@@ -7,7 +7,9 @@
   requests are bad. Every answer is then compared with that of the same request alone;
 - `neighbour`: what a small request waits while one of 1,000,000 particles is worked on;
 - `overload`: ten times as many requests as can be answered, by chance;
-- `memory`: the most that the process has had, after 1000 particles and after 1,000,000.
+- `memory`: the most that the process has had, after 1000 particles and after 1,000,000;
+- `lone`: what the time of one request after another goes into, and that of empty ones, at once
+  and after a pause as long as the arithmetic of a request.
 
 The service has one thread for the model, as it has by default on two processors; the requests come
 from the second of them, which does the service's HTTP besides.
@@ -216,11 +218,48 @@ def _peak(said: argparse.Namespace) -> None:
         before = most
 
 
+def _lone(said: argparse.Namespace) -> None:
+    with running(said.checkpoint) as (url, _):
+        load = Load.closed(
+            f"{url}/v1/impute", bodies(PICTURES, 1000), connections=1, seconds=said.seconds / 4
+        )
+        parts = [_parts(answer) for answer in load.good]
+        medians = {name: float(np.median([each[name] for each in parts])) for name in parts[0]}
+        say(f"K = 1000: {load.quantile(0.5):.1f} ms, of which", end=" ")
+        say(", ".join(f"{name} {each:.1f}" for name, each in medians.items()))
+        for pause in (0.0, medians["compute"] / 1000):
+            seconds = asyncio.run(_empty(f"{url}/health/live", pause))
+            say(f"nothing, {1000 * pause:.0f} ms after the last: {1000 * seconds:.1f} ms")
+
+
+def _parts(answer: Answer) -> dict[str, float]:
+    """The milliseconds of Server-Timing, and those outside of the handler."""
+    told = (part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
+    parts = {name: float(milliseconds) for name, milliseconds in told}
+    return {**parts, "the way": 1000 * answer.seconds - sum(parts.values())}
+
+
+async def _empty(url: str, pause: float) -> float:
+    """The median seconds of an answer with nothing in it."""
+    taken: list[float] = []
+    async with session() as client:
+        for _ in range(EMPTY):
+            await asyncio.sleep(pause)
+            begun = time.perf_counter()
+            async with client.get(url) as answer:
+                await answer.read()
+            taken.append(time.perf_counter() - begun)
+    return float(np.median(taken))
+
+
+EMPTY = 100
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "crowd": _crowd,
     "neighbour": _neighbour,
     "overload": _overload,
     "memory": _peak,
+    "lone": _lone,
 }
 
 if __name__ == "__main__":
