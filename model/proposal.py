@@ -174,8 +174,10 @@ class CorrelatedMixture:
         batch, components, latent = self.mean.shape
         normals = noise.at("normal").normal(batch, particles, latent, like=self.mean)
         order = _evenly(components, particles, batch, noise.at("component"), like=self.mean)
-        rows = torch.arange(batch, device=order.device)[:, None]
-        return self.mean[rows, order] + (self.factor[rows, order] @ normals[..., None])[..., 0]
+        picked = order[:, None, :, None].expand(-1, -1, -1, latent)
+        # a product with every factor is less work than a copy of its factor for each particle
+        of_each = self.mean[:, :, None] + normals[:, None] @ self.factor.mT
+        return of_each.gather(1, picked)[:, 0]
 
     def log_density(self, latents: Latents) -> PerParticle:
         """The log-density of the whole mixture, computed in float64."""
