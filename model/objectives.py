@@ -155,6 +155,11 @@ class Objective:
         apart = self.p_samples == "fresh" or (self.svi is not None and not self.svi.through)
         return ("decoder", "encoder") if apart else ("both",)
 
+    @property
+    def looks_at_missing(self) -> bool:
+        """Whether it needs E log p(x_m | z), which costs as much as log p(x_o | z)."""
+        return self.steps and self.p_step == "slides"
+
     def surrogate(self, particles: Particles, *, alpha: float) -> Surrogate:
         """The two scalars, means over the batch; α is the share of Q̂ in the M-step."""
         if not self.steps:
@@ -235,7 +240,7 @@ def ascend(
     """
     proposal = objective.proposal(model, images, noise.at("proposal"), climb=climb)
     latents = proposal.draw(particles, noise.at("particles"))
-    drawn = replace(_decoded(model, images, proposal, latents), warmth=warmth)
+    drawn = replace(_decoded(objective, model, images, proposal, latents), warmth=warmth)
     models = math.prod(model.stack)
     surrogate = objective.surrogate(drawn, alpha=alpha).times(models)
     for_decoder = _gradient(surrogate.decoder, drawn.log_likelihood)
@@ -289,16 +294,24 @@ def bound(
     """The objective's lower bound of each image's log p(x_o): what validation judges by."""
     proposal = objective.proposal(model, images, noise.at("proposal"))
     latents = proposal.draw(particles, noise.at("particles"))
-    return objective.bound(_decoded(model, images, proposal, latents)).detach()
+    return objective.bound(_decoded(objective, model, images, proposal, latents)).detach()
 
 
 def _decoded(
-    model: LatentVariableModel, images: Incomplete, proposal: Proposal, latents: Latents
+    objective: Objective,
+    model: LatentVariableModel,
+    images: Incomplete,
+    proposal: Proposal,
+    latents: Latents,
 ) -> Particles:
     """The particles, with log p(x_o | z) as a leaf of its own."""
+    likelihood, expected = model.likelihood, None
     with torch.no_grad():
-        parts = model.by_pieces(model.likelihood.log_densities, latents, images)
-    density, expected = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        if objective.looks_at_missing:
+            parts = model.by_pieces(likelihood.log_densities, latents, images)
+            density, expected = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        else:
+            density = torch.cat(model.by_pieces(likelihood.log_density, latents, images))
     return Particles(
         latents,
         density.requires_grad_(),
