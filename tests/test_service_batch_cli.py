@@ -145,6 +145,20 @@ def test_a_wrong_call_ends_with_2(
     assert "Traceback" not in called.output
 
 
+def test_a_wrong_setting_ends_a_run_before_it_begins(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A line says which, what was expected and what came."""
+    monkeypatch.setenv("MISS_IWEM_THREADS", "none")
+    called = _call("run", file, str(tmp_path / "out"), *IMPUTE)
+
+    assert called.exit_code == 2
+    (line,) = called.output.splitlines()
+    assert line.startswith("threads (MISS_IWEM_THREADS): ")
+    assert line.endswith("got 'none'.")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_ray_its_engine_says_what_to_install(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
