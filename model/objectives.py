@@ -157,7 +157,7 @@ class Objective:
 
     @property
     def looks_at_missing(self) -> bool:
-        """Whether it needs E log p(x_m | z), which costs as much as log p(x_o | z)."""
+        """Whether it needs E log p(x_m | z), which costs half of log p(x_o | z) again."""
         return self.steps and self.p_step == "slides"
 
     def surrogate(self, particles: Particles, *, alpha: float) -> Surrogate:
