@@ -33,7 +33,6 @@ from model.adaptation import PER_ROUND, ROUNDS, adaptive
 from model.annealing import LEAPFROGS, Chains, annealed
 from model.latent import EXACT, LatentVariableModel
 from model.likelihood import (
-    AT_ONCE,
     BLOCK,
     Estimate,
     blocks,
@@ -324,7 +323,6 @@ def _jackknife(order: int) -> Estimator:
             asked.noise,
             particles=total,
             proposal=proposal,
-            at_once=AT_ONCE,
             keep=False,
         ):
             sums = sums.update(block.log_weights)

@@ -87,7 +87,14 @@ def impute(
         log_likelihood = annealed_estimate(found)
     else:
         distribution = yield from proposed(model, images, noise.at("proposal"), proposal)
-        whole = blocks(model, images, noise, particles=particles, proposal=distribution)
+        whole = blocks(
+            model,
+            images,
+            noise,
+            particles=particles,
+            proposal=distribution,
+            may_stop=tolerance is not None,
+        )
         for index, block in enumerate(whole):
             fold = fold.update(block, index)
             if tolerance is not None and precise(fold.sums, tolerance):

@@ -364,6 +364,11 @@ class LatentVariableModel(nn.Module):
         return self.likelihood.sample(logits, uniforms)
 
     @property
+    def dense(self) -> bool:
+        """Whether the decoder is a few products, for which the calls cost as much as the rows."""
+        return isinstance(self.decoder, MlpDecoder | LinearDecoder)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

@@ -63,9 +63,10 @@ same particle has the same bits in every request."""
 FEWEST_EFFECTIVE = 10
 """Particles that must count before an answer is trusted: draws are taken from among them."""
 AT_ONCE = 16
-"""Blocks that are worked on together where only their weights are looked at."""
-KEPT = 4
-"""The same where the decoder's output is kept, or it is looked at whether they are enough."""
+"""Blocks that a dense decoder works on together where only their weights are looked at."""
+KEPT, MADE = 4, 8
+"""The same where the decoder's output is kept, or it is looked at whether they are enough; and
+how many, of all images, are made together where it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,14 @@ class Block:
         """The first of them; all where there are no more."""
         if count >= self.latents.shape[1]:
             return self
-        parameters = None if self.parameters is None else self.parameters[:, :count]
-        return Block(self.latents[:, :count], self.log_weights[:, :count], parameters)
+        return next(self.split(count))
+
+    def split(self, size: int) -> Iterator["Block"]:
+        """So many at a time."""
+        for first in range(0, self.latents.shape[1], size):
+            part = slice(first, first + size)
+            parameters = None if self.parameters is None else self.parameters[:, part]
+            yield Block(self.latents[:, part], self.log_weights[:, part], parameters)
 
 
 @dataclass(frozen=True)
@@ -235,23 +242,27 @@ def blocks(
     *,
     particles: int,
     proposal: str | Proposal = "laplace",
-    at_once: int = KEPT,
     keep: bool = True,
+    may_stop: bool = False,
 ) -> Iterator[Block]:
     """So many particles of each image in blocks; more of them begin with the same ones.
 
-    Several blocks are worked on together, and are given out as one. A proposal that is a name is
-    found without a pause.
+    Several blocks are given out as one; how many, depends on nothing but the model and on what
+    is to be kept. Where nobody may stop before the end, more than these are made together.
+    A proposal that is a name is found without a pause.
     """
     distribution = finish(proposed(model, images, noise.at("proposal"), proposal))
     count = math.ceil(particles / BLOCK)
-    for first in range(0, count, at_once):
-        group = range(first, min(first + at_once, count))
+    given = made = 1
+    if model.dense:
+        given = KEPT if keep or may_stop else AT_ONCE
+        made = given if may_stop else max(given, MADE // len(images) // given * given)
+    for first in range(0, count, made):
+        group = range(first, min(first + made, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
         whole = model.particles(images, distribution, torch.cat(drawn, 1), keep=keep)
-        yield Block(whole.latents, whole.log_weights, whole.parameters).first(
-            particles - first * BLOCK
-        )
+        block = Block(whole.latents, whole.log_weights, whole.parameters)
+        yield from block.first(particles - first * BLOCK).split(given * BLOCK)
 
 
 def score(
@@ -279,8 +290,8 @@ def score(
         noise,
         particles=particles,
         proposal=distribution,
-        at_once=KEPT if keep or tolerance is not None else AT_ONCE,
         keep=keep,
+        may_stop=tolerance is not None,
     ):
         log_w = block.log_weights
         sums = sums.update(log_w)
