@@ -63,10 +63,10 @@ same particle has the same bits in every request."""
 FEWEST_EFFECTIVE = 10
 """Particles that must count before an answer is trusted: draws are taken from among them."""
 AT_ONCE = 16
-"""Blocks that a dense decoder works on together where only their weights are looked at."""
-KEPT, MADE = 4, 8
-"""The same where the decoder's output is kept, or it is looked at whether they are enough; and
-how many, of all images, are made together where it is not."""
+"""Blocks that a dense decoder works on together, for the calls that it saves."""
+KEPT = 4
+"""Those that are given out together where the decoder's output is kept, or it is looked at after
+each time whether they are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ def blocks(
     given = made = 1
     if model.dense:
         given = KEPT if keep or may_stop else AT_ONCE
-        made = given if may_stop else max(given, MADE // len(images) // given * given)
+        made = given if may_stop else max(given, AT_ONCE // len(images) // given * given)
     for first in range(0, count, made):
         group = range(first, min(first + made, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]

@@ -1,8 +1,8 @@
 """The engine: one thread that owns the device.
 
-Work is done in stages that are not long. Every round takes one stage of all that is being worked
-on, so that no request waits for another's thousand blocks. Images of requests that are alike and
-wait at the same time are worked on together, where each has the same bits as alone.
+Work is done in stages that are not long. The next stage is of whose images have had the device for
+the least time, so that no request waits for another's thousand blocks. Images of requests that
+are alike and wait at the same time are worked on together, where each has the same bits as alone.
 Work in the background is done where there is nothing else to do, a stage at a time.
 Admission is bounded by particles that wait, and refuses beyond; what was cancelled or comes too
 late is dropped at its next stage; an image that fails, fails alone; what the device has no memory
@@ -123,8 +123,8 @@ class _Group:
     """Where in the results each task's is."""
     kind: Hashable
     """What may be worked on together with it; None where nothing may."""
-    turn: float = field(default_factory=time.monotonic)
-    """When it last had one."""
+    had: float = 0.0
+    """Seconds of the device that each of its images has had, in the engine's virtual time."""
 
     @property
     def background(self) -> bool:
@@ -185,6 +185,9 @@ class Engine:
         self._requests, self._background = _Queue(), _Queue()
         self._groups: list[_Group] = []
         self._at_once = AT_ONCE
+        self._virtual_time = 0.0
+        """What the group with the latest stage had before it. Who came later, or had no turn for
+        a while, counts as having had as much: start-time fair queueing (Goyal et al., 1996)."""
         self._swept = 0.0
         self._asked = -math.inf
         """When the last request came."""
@@ -286,9 +289,9 @@ class Engine:
             while not (stopping and self._idle):
                 stopping |= self._receive(block=self._idle and not stopping)
                 try:
-                    self._round()
+                    self._work()
                 except Exception:
-                    log.exception("A round failed, and with it all that was admitted.")
+                    log.exception("The engine failed, and with it all that was admitted.")
                     self._requests, self._background, self._groups = _Queue(), _Queue(), []
                     self._answer_all(Failed("The engine failed; its log says why."))
 
@@ -311,10 +314,10 @@ class Engine:
                 self._asked = self._asked if task.background else time.monotonic()
                 self._queue(task).put(task)
 
-    def _round(self) -> None:
+    def _work(self) -> None:
         self._sweep()
         self._begin()
-        for group in self._turn():
+        if (group := self._turn()) is not None:
             self._advance(group)
         self._groups = [group for group in self._groups if group.tasks]
 
@@ -360,17 +363,18 @@ class Engine:
             count = min(count, FEW)
         return self._background.take(count, besides=kinds) if may else []
 
-    def _turn(self) -> list[_Group]:
-        """Whose stages the next round has: all requests, or else one of the background.
+    def _turn(self) -> _Group | None:
+        """Whose stage is next: among all requests, or else in the background, who had least.
 
-        One that has been there for long has a turn beside the requests.
+        One that has been in the background for long is one beside the requests.
         """
         if len(self._groups) == 1:  # a lone request shall not wait for choices beside its stages
-            return self._groups
+            return self._groups[0]
         requests = [group for group in self._groups if not group.background]
         background = (group for group in self._groups if group.background)
-        longest = sorted(background, key=lambda group: group.turn)[:1]
-        return requests + [group for group in longest if group.overdue or not requests]
+        least = sorted(background, key=lambda group: group.had)[:1]
+        may = requests + [group for group in least if group.overdue or not requests]
+        return min(may, key=lambda group: group.had, default=None)
 
     def _ended(self, task: _Task, *, begun: bool) -> bool:
         """Whether nobody waits for it any more, or not in time."""
@@ -387,7 +391,8 @@ class Engine:
 
     def _advance(self, group: _Group) -> None:
         """Does a group's next stage; a group that has no tasks left is done."""
-        started = self._beat = group.turn = time.monotonic()
+        started = self._beat = time.monotonic()
+        self._virtual_time = group.had = max(group.had, self._virtual_time)
         group.tasks = [task for task in group.tasks if not self._ended(task, begun=True)]
         if not group.tasks:
             return
@@ -407,8 +412,10 @@ class Engine:
             next(group.stages)
         except StopIteration as done:
             results = done.value
+        each = (time.monotonic() - started) / len(group.tasks)
+        group.had += each
         for task in group.tasks:
-            task.seconds += (time.monotonic() - started) / len(group.tasks)
+            task.seconds += each
         if results is None:
             return
         while group.tasks:

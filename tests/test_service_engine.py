@@ -596,6 +596,77 @@ def test_what_is_not_alike_is_alone(model: Model):
         assert other.alike is None
 
 
+class Clock:
+    """A clock that stands but for what the work takes; at one time the work waits for a gate."""
+
+    def __init__(self, *, stop: float) -> None:
+        self.now, self.stop = 0.0, stop
+        self.stopped, self.gate = threading.Event(), threading.Event()
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        """Lets so many pass."""
+        if self.now == self.stop:
+            self.stopped.set()
+            assert self.gate.wait(30)
+        self.now += seconds
+
+
+@dataclass
+class Timed(Fake):
+    """A job whose stages take so long."""
+
+    seconds: float = 1.0
+    clock: Clock = field(default_factory=lambda: Clock(stop=0.0))
+    began_at: list[float] = field(default_factory=list)
+    """When each of its stages did."""
+
+    def stages(self) -> Generator[None, None, Fake]:
+        """The work."""
+        for _ in range(self.blocks):
+            self.began_at.append(self.clock.now)
+            self.clock.work(self.seconds)
+            yield
+        return self
+
+    def had(self, *, until: float) -> float:
+        """Seconds of the device, until one of the clock's."""
+        return self.seconds * sum(began < until for began in self.began_at)
+
+
+@pytest.mark.parametrize("before", [0.0, 100.0])
+def test_each_image_has_as_much_of_the_device(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, before: float
+):
+    """By time and not by stages, whether it is worked on alone or beside its like.
+
+    What one has had before the others came does not count: from then on none has more than
+    another by more than a stage.
+    """
+    clock = Clock(stop=before)
+    monkeypatch.setattr("service.engine.time", clock)
+    first, short = (Timed(clock=clock, blocks=300) for _ in range(2))
+    long = Timed(clock=clock, blocks=20, seconds=10.0)
+    pair = [Timed(clock=clock, blocks=100, seconds=2.0, alike="pair") for _ in range(2)]
+
+    async def scenario() -> None:
+        requests = [asyncio.create_task(_submit(engine, first))]
+        assert await asyncio.to_thread(clock.stopped.wait, 30)
+        requests += [asyncio.create_task(_submit(engine, job)) for job in (short, long, *pair)]
+        await _until(lambda: engine.waiting == 5)
+        clock.gate.set()
+        await asyncio.gather(*requests)
+
+    _run(scenario)
+    for moment in range(int(before), int(before) + 900, 7):
+        had = [job.had(until=moment) for job in (short, long, *pair)]
+        had.append(first.had(until=moment) - before)
+        assert max(had) - min(had) <= long.seconds + 2 * pair[0].seconds
+
+
 def test_the_kinds_take_turns(engine: Engine):
     """Someone's hundred that are alike do not stand before what came after them."""
     began: list[str] = []
@@ -831,7 +902,7 @@ def test_what_would_be_refused_is_refused_before_it_is_read():
 
     async def scenario() -> None:
         gates = [threading.Event(), threading.Event()]
-        jobs = [Fake(cost=90, gate=gates[0]), Fake(cost=10, gate=gates[1])]
+        jobs = [Fake(blocks=0, cost=90, gate=gates[0]), Fake(cost=10, gate=gates[1])]
         requests = [asyncio.create_task(_submit(engine, jobs[0]))]
         await _began(jobs[0])
         requests.append(asyncio.create_task(_submit(engine, jobs[1])))
