@@ -67,6 +67,8 @@ AT_ONCE = 16
 KEPT = 4
 """Those that are given out together where the decoder's output is kept, or it is looked at after
 each time whether they are enough."""
+PIXELS = 2**20
+"""Of the decoder's output, for which more blocks than are given out are made at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +258,8 @@ def blocks(
     given = made = 1
     if model.dense:
         given = KEPT if keep or may_stop else AT_ONCE
-        made = given if may_stop else max(given, AT_ONCE // len(images) // given * given)
+        room = min(AT_ONCE, PIXELS // (BLOCK * images.values.numel()))
+        made = given if may_stop else max(given, room // given * given)
     for first in range(0, count, made):
         group = range(first, min(first + made, count))
         drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.latent import LatentVariableModel
+from model.latent import Architecture, LatentVariableModel
 from model.likelihood import BLOCK, KEPT, PROPOSALS, Estimate, Scores, blocks, score
 from model.masks import Incomplete
 from model.noise import NoisePerImage
@@ -18,6 +18,7 @@ from tests.conftest import (
     copies,
     every_image,
     fixed_model,
+    made_of,
     some_incomplete,
     standard_errors,
 )
@@ -198,6 +199,33 @@ def test_what_is_not_kept_is_not_missed(particles: int):
     torch.testing.assert_close(alone.value, beside.value, rtol=0, atol=1e-12)
     assert alone.particles == beside.particles == particles
     torch.testing.assert_close(alone.pareto_k, beside.pareto_k, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pixels", [0, 2**14, 2**20])
+@pytest.mark.parametrize(("decoder", "portion"), [("mlp", KEPT), ("gated-conv", 1)])
+def test_portions_do_not_depend_on_how_many_are_made_together(
+    monkeypatch: pytest.MonkeyPatch, decoder: str, portion: int, pixels: int
+):
+    """The same particles are given out, as many at a time, of images of any number and size."""
+    monkeypatch.setattr("model.likelihood.PIXELS", pixels)
+    model = made_of(Architecture(image_shape=(1, 3, 3), latent=2, decoder=decoder, hidden=(8,)))
+    images = some_incomplete(count=2)
+    noise, particles = NoisePerImage.of(0, range(2)), 19 * BLOCK + 1
+    with torch.no_grad():
+        ahead, apart = (
+            list(blocks(model, images, noise, particles=particles, proposal="own", may_stop=stops))
+            for stops in (False, True)
+        )
+
+    sizes = [block.latents.shape[1] for block in ahead]
+    assert sizes[:-1] == [portion * BLOCK] * (len(sizes) - 1)
+    assert sum(sizes) == particles
+    for one, other in zip(ahead, apart, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert one.parameters is not None
+        assert other.parameters is not None
+        torch.testing.assert_close(one.parameters, other.parameters)
+        torch.testing.assert_close(one.log_weights, other.log_weights)
 
 
 @pytest.mark.parametrize("with_truth", [False, True])
