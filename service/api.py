@@ -20,11 +20,11 @@ from service.batches import Batches
 from service.engine import Engine
 from service.errors import MEDIA_TYPE, NotAcceptable, NotReady, UnknownFormat
 from service.models import Model, Models
-from service.multipart import Handler, MultipartRoute
+from service.multipart import MultipartRoute
 from service.operations import Imputing, LogLikelihood, Pictures, a_seed, read, results
 from service.work import Imputation, Job, Sample, Scoring
 
-__all__ = ["PROBLEMS", "ClientGone", "State", "Visiting", "health", "router"]
+__all__ = ["PROBLEMS", "WORK", "ClientGone", "State", "Visiting", "health", "router"]
 
 T = TypeVar("T")
 
@@ -178,23 +178,9 @@ def _form(*files: str, **fields: str) -> dict[str, Any]:
     return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
-class WorkRoute(MultipartRoute):
-    """A route whose requests are not read where they would be refused."""
-
-    def get_route_handler(self) -> Handler:
-        """The handler, behind the engine's refusal."""
-        handle = super().get_route_handler()
-
-        async def admitted(request: Request) -> Response:
-            cast("State", request.state)["engine"].refuse_early()
-            return await handle(request)
-
-        return admitted
-
-
 Visiting = Annotated[Visit, Depends(_visit)]
 router = APIRouter(prefix="/v1", responses=PROBLEMS)
-forms = APIRouter(route_class=WorkRoute, dependencies=[Depends(_json_body)])
+forms = APIRouter(route_class=MultipartRoute, dependencies=[Depends(_json_body)])
 health = APIRouter()
 
 
@@ -341,6 +327,8 @@ async def root() -> RedirectResponse:
 
 
 router.include_router(forms)
+WORK = tuple(f"{router.prefix}{path}" for path in ("/impute", "/log-likelihood"))
+"""Addresses whose requests are not read where they would be refused."""
 
 
 async def _read(visit: Visit, items: list[tuple[Any, Any, Any]], model: Model) -> list[Pictures]:

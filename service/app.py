@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses={422: {"model": schemas.ProblemDocument}},
     )
     app.add_middleware(ProblemDocuments, max_body=settings.max_body)
+    app.add_middleware(EarlyRefusal)
     app.exception_handler(Problem)(_problem)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_refused)
@@ -211,6 +212,27 @@ def _answer(document: dict[str, Any], headers: dict[str, str] | None = None) -> 
     return Response(
         json.dumps(document), document["status"], headers=headers, media_type=MEDIA_TYPE
     )
+
+
+class EarlyRefusal:
+    """Refuses work for which there is no room, before anything is done for it.
+
+    Of many that come at once most are refused, and what that takes the model has to wait for.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on but what is refused."""
+        work = scope["type"] == "http" and scope["path"].endswith(api.WORK)
+        if work and scope["method"] == "POST":
+            try:
+                scope["state"]["engine"].refuse_early()
+            except Problem as problem:
+                answer = _answer(problem.document(), problem.headers)
+                return await answer(scope, receive, send)
+        return await self.app(scope, receive, send)
 
 
 class ProblemDocuments:

@@ -999,10 +999,12 @@ def test_the_work_of_a_client_that_left_is_dropped(
             small = {"images": [ITEM], "particles": 1}
             refused = httpx.post(address, json=small)
             again = httpx.post(address, json=small)
+            unread = httpx.post(address, content=b"no JSON")
+            assert httpx.get(address).status_code == 405
             assert httpx.get(f"{url}/health/ready").status_code == 200
             assert engines[0].waiting > 0
 
-        for answer in (refused, again):
+        for answer in (refused, again, unread):
             _is_problem(answer, 429)
             assert int(answer.headers["retry-after"]) >= 1
         assert _until(lambda: engines[0].waiting == 0)
