@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.routing import APIRoute
 
 from service import codec, schemas
 from service.batches import Batches
@@ -327,7 +328,9 @@ async def root() -> RedirectResponse:
 
 
 router.include_router(forms)
-WORK = tuple(f"{router.prefix}{path}" for path in ("/impute", "/log-likelihood"))
+WORK = tuple(
+    f"{router.prefix}{route.path}" for route in forms.routes if isinstance(route, APIRoute)
+)
 """Addresses whose requests are not read where they would be refused."""
 
 
