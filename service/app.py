@@ -47,7 +47,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; nothing is opened before it starts."""
-    app = FastAPI(
+    app = _Application(
         title="miss-IWEM",
         summary="Several honest completions, with a likelihood, for images with missing pixels.",
         version=metadata.version("miss-iwem"),
@@ -55,7 +55,6 @@ def create_app(settings: Settings) -> FastAPI:
         responses={422: {"model": schemas.ProblemDocument}},
     )
     app.add_middleware(ProblemDocuments, max_body=settings.max_body)
-    app.add_middleware(EarlyRefusal)
     app.exception_handler(Problem)(_problem)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_refused)
@@ -67,6 +66,25 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.batches:
         app.include_router(batch_api.router)
     return app
+
+
+class _Application(FastAPI):
+    """Refuses work for which there is no room before anything is done for it.
+
+    Of many that come at once most are refused, and what that takes the model has to wait for: not
+    even the framework's own layers come first.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on but what is refused."""
+        work = scope["type"] == "http" and scope["path"].endswith(api.WORK)
+        if work and scope["method"] == "POST":
+            try:
+                scope["state"]["engine"].refuse_early()
+            except Problem as problem:
+                answer = _answer(problem.document(), problem.headers)
+                return await answer(scope, receive, send)
+        return await super().__call__(scope, receive, send)
 
 
 def _lifespan(
@@ -212,27 +230,6 @@ def _answer(document: dict[str, Any], headers: dict[str, str] | None = None) -> 
     return Response(
         json.dumps(document), document["status"], headers=headers, media_type=MEDIA_TYPE
     )
-
-
-class EarlyRefusal:
-    """Refuses work for which there is no room, before anything is done for it.
-
-    Of many that come at once most are refused, and what that takes the model has to wait for.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes everything on but what is refused."""
-        work = scope["type"] == "http" and scope["path"].endswith(api.WORK)
-        if work and scope["method"] == "POST":
-            try:
-                scope["state"]["engine"].refuse_early()
-            except Problem as problem:
-                answer = _answer(problem.document(), problem.headers)
-                return await answer(scope, receive, send)
-        return await self.app(scope, receive, send)
 
 
 class ProblemDocuments:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import math
 import signal
 import subprocess
 import sys
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +49,18 @@ def serve(
     )
     # uvicorn drains on SIGTERM, and then raises it again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    logging.getLogger("uvicorn.access").addFilter(_is_told)
     uvicorn.run(
         create_app(settings),
         host=settings.http_host,
         port=settings.http_port,
         timeout_graceful_shutdown=math.ceil(settings.drain),
     )
+
+
+def _is_told(access: logging.LogRecord) -> bool:
+    """Refusals come by the hundred: the engine tells their number."""
+    return not (isinstance(access.args, tuple) and HTTPStatus.TOO_MANY_REQUESTS in access.args)
 
 
 @app.command()

@@ -178,6 +178,8 @@ class Engine:
         self._done, self._spent = 50_000.0, 1.0
         self._full = False
         """Whether a request has been refused, and the queue is not shorter since."""
+        self._refused, self._told = 0, -math.inf
+        """Requests that the log has not told of yet, and when it last did."""
         self._open = False
         self._deadline = math.inf
         self._beat = time.monotonic()
@@ -280,6 +282,10 @@ class Engine:
         return tasks
 
     def _overloaded(self, waiting: int) -> Overloaded:
+        self._refused += 1
+        if (now := time.monotonic()) > self._told + TELLING:
+            log.warning("No room: %d refused since this was last said.", self._refused)
+            self._refused, self._told = 0, now
         seconds = max(1, math.ceil(waiting * self._spent / self._done))
         return Overloaded(waiting=waiting, limit=self._max_waiting, seconds=seconds)
 
@@ -528,6 +534,8 @@ ROOM = 0.95
 """Of what may wait, where a queue that was full takes requests again."""
 SWEEPING = 0.05
 """Seconds after which what waits is looked through for what nobody waits for."""
+TELLING = 10.0
+"""Seconds for which the log does not repeat that requests are refused."""
 PATIENCE = 60.0
 """Seconds after which work in the background has a turn beside the requests."""
 STUCK = 30.0

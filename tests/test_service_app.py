@@ -209,8 +209,9 @@ def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Pop
         **environment,
     }
     command = [sys.executable, "-m", "service", "serve", "--port", "0"]
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True
     ) as process:
         assert process.stderr is not None
         said = ""
@@ -227,7 +228,10 @@ def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Pop
 
 
 def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
-    """After SIGTERM a request that was being worked on is answered, and the exit code is 0."""
+    """After SIGTERM a request that was being worked on is answered, and the exit code is 0.
+
+    What was refused meanwhile has no lines of its own in the log, which tells their number.
+    """
     with _process(folder, MISS_IWEM_MAX_WAITING="1") as (process, url):
         large = {"images": [IMAGE], "particles": 100_000}
 
@@ -244,9 +248,13 @@ def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
                 assert not answer.done()
             process.send_signal(signal.SIGTERM)
             (result,) = answer.result(60).json()["results"]
-        assert process.stderr is not None
-        said = process.stderr.read()
+        said, accesses = process.stderr, process.stdout
+        assert said is not None
+        assert accesses is not None
+        told = said.read()
 
-        assert "Traceback" not in said
+        assert "Traceback" not in told
+        assert "refused since" in told
+        assert {line.split()[-2] for line in accesses} == {"200"}
         assert result["log_likelihood"]["particles"] == 100_000
         assert process.wait(60) == 0

@@ -240,10 +240,10 @@ def test_the_failure_of_an_image_ends_its_request(engine: Engine):
         with pytest.raises(Failed):
             await _submit(engine, long, Fake(failure=RuntimeError()))
         await _submit(engine, Fake(blocks=2))
+        await _until(lambda: engine.waiting == 0)
         return long
 
     assert _run(scenario).done < 10**9
-    assert engine.waiting == 0
 
 
 def test_what_was_cancelled_is_dropped_at_its_next_block(engine: Engine):
@@ -260,12 +260,12 @@ def test_what_was_cancelled_is_dropped_at_its_next_block(engine: Engine):
             await request
         gate.set()
         await _submit(engine, Fake())
+        await _until(lambda: engine.waiting == 0)
         return [running, queued]
 
     running, queued = _run(scenario)
     assert running.done <= 1
     assert not queued.began.is_set()
-    assert engine.waiting == 0
 
 
 Step = tuple[str, Any]
@@ -893,6 +893,34 @@ def test_more_than_may_wait_is_refused_until_there_is_room():
     assert int(refusal.headers["Retry-After"]) >= 1
     assert "at most 100" in refusal.detail
     assert "to 80" in refusal.detail
+
+
+def test_the_log_tells_now_and_then_how_many_were_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """The first at once; what comes in the seconds after it, when they are over."""
+    engine = Engine(max_waiting=1)
+    engine.start()
+
+    async def refused() -> None:
+        with pytest.raises(Overloaded):
+            await _submit(engine, Fake())
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        first = asyncio.create_task(_submit(engine, Fake(gate=gate)))
+        await _until(lambda: engine.waiting == 1)
+        for _ in range(3):
+            await refused()
+        monkeypatch.setattr("service.engine.TELLING", -math.inf)
+        await refused()
+        gate.set()
+        await first
+
+    _run(scenario)
+    engine.stop(seconds=10)
+    told = [record.args for record in caplog.records if "refused" in record.message]
+    assert told == [(1,), (3,)]
 
 
 def test_what_would_be_refused_is_refused_before_it_is_read():
