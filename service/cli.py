@@ -187,7 +187,9 @@ def reproduce(
         list[str] | None, typer.Option(help="A part of the names of the cells that are wanted.")
     ] = None,
     budget: Annotated[str, typer.Option(help="Time, such as 2h or 30m.")] = "2h",
-    schedule: Annotated[str, typer.Option(help="slides; long or short: fewer epochs.")] = "short",
+    schedule: Annotated[
+        str, typer.Option(help="slides, or fewer epochs: lean, long, short.")
+    ] = "short",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each cell.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
     threads: Annotated[
