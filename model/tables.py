@@ -107,8 +107,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "lean": {**REDUCED, "epochs": 480, "patience": 480, "particles": 10, "way_back": 0.5},
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
-that two processor cores finish in less than an hour a cell, `long` one of four times that, and
-`lean` one of eight times that with a fifth of the particles, whose steps take half the time."""
+that two processor cores finish in less than an hour a cell, `long` one of four times the epochs,
+and `lean` one of eight times the epochs with a fifth of the particles."""
 
 
 @dataclass(frozen=True)
