@@ -283,11 +283,16 @@ class Engine:
 
     def _overloaded(self, waiting: int) -> Overloaded:
         self._refused += 1
-        if (now := time.monotonic()) > self._told + TELLING:
-            log.warning("No room: %d refused since this was last said.", self._refused)
-            self._refused, self._told = 0, now
+        if time.monotonic() > self._told + TELLING:
+            self._tell()
         seconds = max(1, math.ceil(waiting * self._spent / self._done))
         return Overloaded(waiting=waiting, limit=self._max_waiting, seconds=seconds)
+
+    def _tell(self) -> None:
+        """Has the log tell of the requests that were refused, if there are any."""
+        if self._refused:
+            log.warning("No room: %d refused since this was last said.", self._refused)
+            self._refused, self._told = 0, time.monotonic()
 
     def _run(self) -> None:
         stopping = False
@@ -300,6 +305,9 @@ class Engine:
                     log.exception("The engine failed, and with it all that was admitted.")
                     self._requests, self._background, self._groups = _Queue(), _Queue(), []
                     self._answer_all(Failed("The engine failed; its log says why."))
+                if self._idle:
+                    with self._lock:
+                        self._tell()
 
     @property
     def _idle(self) -> bool:
@@ -535,7 +543,7 @@ ROOM = 0.95
 SWEEPING = 0.05
 """Seconds after which what waits is looked through for what nobody waits for."""
 TELLING = 10.0
-"""Seconds for which the log does not repeat that requests are refused."""
+"""Seconds for which the log does not repeat that requests are refused, while there is work."""
 PATIENCE = 60.0
 """Seconds after which work in the background has a turn beside the requests."""
 STUCK = 30.0

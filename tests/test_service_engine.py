@@ -898,7 +898,7 @@ def test_more_than_may_wait_is_refused_until_there_is_room():
 def test_the_log_tells_now_and_then_how_many_were_refused(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """The first at once; what comes in the seconds after it, when they are over."""
+    """The first at once; what comes in the seconds after it, when they or all work is over."""
     engine = Engine(max_waiting=1)
     engine.start()
 
@@ -914,13 +914,16 @@ def test_the_log_tells_now_and_then_how_many_were_refused(
             await refused()
         monkeypatch.setattr("service.engine.TELLING", -math.inf)
         await refused()
+        monkeypatch.setattr("service.engine.TELLING", math.inf)
+        for _ in range(2):
+            await refused()
         gate.set()
         await first
 
     _run(scenario)
     engine.stop(seconds=10)
     told = [record.args for record in caplog.records if "refused" in record.message]
-    assert told == [(1,), (3,)]
+    assert told == [(1,), (3,), (2,)]
 
 
 def test_what_would_be_refused_is_refused_before_it_is_read():
