@@ -1,8 +1,8 @@
 """Several processes that train one model, each on its part of every batch.
 
-`torchrun --nproc-per-node 2 -m model.train …` starts them; every one holds the whole model, and
-their gradients are averaged, weighted by how many images each had. A process alone is a team of
-one, which costs nothing.
+`torchrun --standalone --nproc-per-node 2 -m model.train …` starts them; every one holds the whole
+model, and their gradients are averaged, weighted by how many images each had. A process alone is
+a team of one, which costs nothing.
 """
 
 import os

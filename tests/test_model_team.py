@@ -1,7 +1,6 @@
 """Several processes that train one model."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +37,7 @@ Team.disband()
 
 def _together(*words: str) -> subprocess.CompletedProcess[str]:
     """Runs two processes of one team on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    place = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *place, *words],
         cwd=ROOT,
