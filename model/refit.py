@@ -7,8 +7,8 @@ Two uses, which differ in the images:
 - `tight` scores refit the encoder on the very images that are scored (Simkus and Gutmann,
   "Improving variational autoencoder estimation from incomplete data with mixture variational
   families", 2024), so that the bound says what the decoder can do;
-- a model is `polished` on its own completions of the training images, which needs no complete
-  image and so makes a better encoder to serve.
+- the `polish` of a model is by its own completions of the training images, which needs no
+  complete image and so makes a better encoder to serve.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from copy import deepcopy
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
@@ -25,11 +25,45 @@ from model.objectives import Objective, ascend, iwae
 from model.stages import Stages
 from model.weights import resample
 
-__all__ = ["completed", "polished", "tightened"]
+__all__ = ["Refit", "completed", "polish", "tightened"]
 
 COMPLETE = Objective(bound=iwae, steps=True, p_step="dreg")
 """What an encoder climbs on complete images."""
 PARTICLES, BATCH, LEARNING_RATE = 20, 100, 1e-3
+
+
+class Refit:
+    """The training of a copy's encoder, which may be left after each step and gone on with."""
+
+    def __init__(
+        self,
+        model: LatentVariableModel,
+        climb: Callable[[LatentVariableModel, Noise], None],
+        noise: Noise,
+        *,
+        steps: int,
+    ) -> None:
+        self.model = deepcopy(model).requires_grad_(requires_grad=False)
+        self.taken, self.steps = 0, steps
+        self._climb, self._noise = climb, noise
+        for parameter in self.trained.values():
+            parameter.requires_grad_()
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=LEARNING_RATE, fused=True)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The encoder's weights by their names in the model."""
+        of_encoder = {id(parameter) for parameter in self.model.phi()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) in of_encoder}
+
+    def step(self) -> None:
+        """Takes one; there must be one left."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - self.taken / self.steps)
+        self.optimizer.zero_grad()
+        self._climb(self.model, self._noise.at("refit", self.taken))
+        self.optimizer.step()
+        self.taken += 1
 
 
 def tightened(
@@ -45,18 +79,22 @@ def tightened(
         picked = torch.randint(len(truth), (BATCH,), generator=source.at("batch").generator())
         _climb(COMPLETE, fresh, Incomplete.complete(truth[picked]), source)
 
-    return _refitted(model, climb, noise, steps)
+    refit = Refit(model, climb, noise, steps=steps)
+    while refit.taken < steps:
+        refit.step()
+        yield
+    return refit.model.requires_grad_(requires_grad=False)
 
 
-def polished(
+def polish(
     model: LatentVariableModel,
     objective: Objective,
     batch: Callable[[Noise], Incomplete],
     noise: Noise,
     *,
     steps: int,
-) -> Stages[LatentVariableModel]:
-    """The model with an encoder trained on incomplete images and on its completions of them."""
+) -> Refit:
+    """The training of a model's encoder on incomplete images and on its completions of them."""
 
     def climb(fresh: LatentVariableModel, source: Noise) -> None:
         images = batch(source)
@@ -64,7 +102,7 @@ def polished(
         _climb(objective, fresh, images, source.at("incomplete"))
         _climb(COMPLETE, fresh, complete, source.at("complete"))
 
-    return _refitted(model, climb, noise, steps)
+    return Refit(model, climb, noise, steps=steps)
 
 
 @torch.no_grad()
@@ -90,23 +128,3 @@ def _climb(
     objective: Objective, model: LatentVariableModel, images: Incomplete, noise: Noise
 ) -> None:
     ascend(objective, model, images, noise, particles=PARTICLES, climb="encoder")
-
-
-def _refitted(
-    model: LatentVariableModel,
-    climb: Callable[[LatentVariableModel, Noise], None],
-    noise: Noise,
-    steps: int,
-) -> Stages[LatentVariableModel]:
-    fresh = deepcopy(model).requires_grad_(requires_grad=False)
-    trained = list(fresh.phi())
-    for parameter in trained:
-        parameter.requires_grad_()
-    optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
-        optimizer.zero_grad()
-        climb(fresh, noise.at("refit", step))
-        optimizer.step()
-        yield
-    return fresh.requires_grad_(requires_grad=False)

@@ -6,6 +6,7 @@ r"""A run: the training of one model in one folder, which continues from whereve
     ledger.jsonl           a line for each time that somebody worked on it: device, seconds, steps
     tensorboard/           the same curves
     checkpoint/            the best model so far, by validation on observed pixels
+    polish.safetensors     the encoder that is being polished, only while it is
 
 All that is drawn in a step comes from `Noise(seed).at("step", step)`, so the state needs no
 generator and a run that was killed anywhere ends in the same weights as one that was not.
@@ -19,7 +20,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,18 +40,19 @@ from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import Climbed, ascend, bound
 from model.recipe import Recipe, RecipeError, to_json
-from model.refit import polished
+from model.refit import Refit, polish
 from model.stages import Stages
 from model.team import Team
 
 __all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run", "optimizer"]
 
-RECIPE, STATE, METRICS, LEDGER, CHECKPOINT = (
+RECIPE, STATE, METRICS, LEDGER, CHECKPOINT, POLISH = (
     "recipe.json",
     "state.safetensors",
     "metrics.jsonl",
     "ledger.jsonl",
     "checkpoint",
+    "polish.safetensors",
 )
 SAVE_EVERY = 60.0
 """Seconds of work that a kill may cost."""
@@ -143,6 +146,9 @@ class Run:
         model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
         self.state = State(model, optimizer(recipe, model), _copy(model))
         self.unseen: list[Climbed] = []
+        self.refit: Refit | None = None
+        """The polish, while there is one."""
+        self.polish_seconds = 0.0
         self.since, self.ledger = replace(self.state), ""
         self.clock = self.saved = time.monotonic()
 
@@ -221,15 +227,33 @@ class Run:
         steps = self.recipe.polish_steps
         return not steps or self.up_to_date_card().training.get("polish_steps") == steps
 
-    def polish(self) -> Stages[None]:
+    def polish(self) -> Iterator[int]:
         """Trains the best model's encoder on the model's completions, and writes the checkpoint.
 
-        It is done again from its beginning if it is left before its end, and not at all if it is
-        done or the recipe has no steps of it.
+        Gives how many steps were taken after each of them: there it may be saved and left, and
+        goes on later. Nothing is done if it is done or the recipe has no steps of it.
         """
         if not self.team.leads or self.polished:
             return
-        started, size = time.monotonic(), self.recipe.batch
+        self.refit, self.clock = self._refit(), time.monotonic()
+        while self.refit.taken < self.refit.steps:
+            with products(self.recipe.precision, self.device):
+                self.refit.step()
+            yield self.refit.taken
+        self.polish_seconds += self._elapsed()
+        done = {
+            "polish_steps": self.recipe.polish_steps,
+            "polish_seconds": round(self.polish_seconds),
+        }
+        card = self.card()
+        card = replace(card, training={**card.training, **done})
+        checkpoint.write(self.folder / CHECKPOINT, Checkpoint(self.refit.model.cpu(), card))
+        (self.folder / POLISH).unlink(missing_ok=True)
+        self.refit = None
+
+    def _refit(self) -> Refit:
+        """The polish of the best model, from where it was saved."""
+        size = self.recipe.batch
 
         def batch(noise: Noise) -> Incomplete:
             generator = noise.at("polish").generator()
@@ -237,18 +261,25 @@ class Run:
                 torch.randint(len(self.train), (size,), generator=generator), noise
             )
 
-        model = yield from polished(
+        refit = polish(
             self.best_model().to(self.device).compiled(),
             self.recipe.last_objective,
             batch,
             self.noise.at("polish"),
             steps=self.recipe.polish_steps,
         )
-        seconds = round(time.monotonic() - started)
-        done = {"polish_steps": self.recipe.polish_steps, "polish_seconds": seconds}
-        card = self.card()
-        card = replace(card, training={**card.training, **done})
-        checkpoint.write(self.folder / CHECKPOINT, Checkpoint(model.cpu(), card))
+        if (self.folder / POLISH).exists():
+            place, parts = self._read(POLISH)
+            refit.taken, self.polish_seconds = place["taken"], place["seconds"]
+            refit.model.load_state_dict(parts["model"], strict=False)
+            _give_moments(refit.optimizer, parts["adam"])
+        return refit
+
+    def _write_polish(self, refit: Refit) -> None:
+        self.polish_seconds += self._elapsed()
+        tensors = {f"model.{name}": weight for name, weight in refit.trained.items()}
+        place = {"taken": refit.taken, "seconds": self.polish_seconds}
+        self._keep(POLISH, {**tensors, **_moments(refit.optimizer)}, place)
 
     def step(self) -> None:
         """One step of training."""
@@ -358,7 +389,7 @@ class Run:
             raise self._diverged("validation bound", state.step)
         if found > state.best_bound:
             state.best_bound, state.best_epoch, state.best = found, epoch, _copy(state.model)
-        self._count_seconds()
+        self.state.seconds += self._elapsed()
         metrics = Metrics(
             epoch=epoch,
             step=state.step,
@@ -391,21 +422,30 @@ class Run:
         Raises:
             Diverged: It has a number that is not finite; the state that was saved before stays.
         """
-        self.look()
-        if self.team.leads:
-            self._write_state()
+        if self.refit is not None:
+            self._write_polish(self.refit)
+        else:
+            self.look()
+            if self.team.leads:
+                self._write_state()
         self.saved = time.monotonic()
 
     def _write_state(self) -> None:
-        self._count_seconds()
-        tensors = self._tensors()
+        self.state.seconds += self._elapsed()
+        state = self.state
+        tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in state.best.items()}
+        place = {name: getattr(state, name) for name in PLACE}
+        self._keep(STATE, {**tensors, **_moments(state.optimizer)}, place)
+        _write(self.folder / LEDGER, self.ledger + self._entry())
+
+    def _keep(self, file: str, tensors: dict[str, Tensor], place: dict[str, Any]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise self._diverged("model", self.state.step)
-        place = {name: getattr(self.state, name) for name in PLACE}
-        fresh = self.folder / f".{STATE}"
-        save_file(tensors, fresh, {"place": json.dumps(place)})
-        _put(fresh, self.folder / STATE)
-        _write(self.folder / LEDGER, self.ledger + self._entry())
+        fresh = self.folder / f".{file}"
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, fresh, {"place": json.dumps(place)})
+        _put(fresh, self.folder / file)
 
     def write_checkpoint(self) -> Card:
         """Replaces the checkpoint by the best model so far; returns its card."""
@@ -473,26 +513,19 @@ class Run:
             device=self.device,
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{k}": v for k, v in self.state.model.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.state.best.items()}
-        for index, moments in self.state.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def _restore(self) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "adam": {}}
-        with safe_open(self.folder / STATE, "pt", device=str(self.device)) as saved:
+    def _read(self, file: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Where it was, and the tensors of each part by their names in it."""
+        parts = defaultdict[str, dict[str, Tensor]](dict)
+        with safe_open(self.folder / file, "pt", device=str(self.device)) as saved:
             place = json.loads(saved.metadata()["place"])
             for name in saved.keys():  # noqa: SIM118  # it is no dict, and cannot be iterated
                 part, _, rest = name.partition(".")
                 parts[part][rest] = saved.get_tensor(name)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["adam"].items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = value
-        adam = self.state.optimizer
-        adam.load_state_dict({**adam.state_dict(), "state": moments})
+        return place, parts
+
+    def _restore(self) -> None:
+        place, parts = self._read(STATE)
+        _give_moments(self.state.optimizer, parts["adam"])
         self.state.model.load_state_dict(parts["model"])
         self.state.best = parts["best"]
         # Version 0.1.0 saved at an epoch's end only after it was validated, and did not say so.
@@ -513,10 +546,10 @@ class Run:
         }
         return json.dumps(entry) + "\n"
 
-    def _count_seconds(self) -> None:
-        now = time.monotonic()
-        self.state.seconds += now - self.clock
-        self.clock = now
+    def _elapsed(self) -> float:
+        """Seconds since it was last asked."""
+        before, self.clock = self.clock, time.monotonic()
+        return self.clock - before
 
     def _diverged(self, what: str, step: int) -> Diverged:
         return Diverged(
@@ -524,6 +557,19 @@ class Run:
             f"(epoch {math.ceil(step / self.steps_per_epoch)}). The last good state is kept in "
             f"{self.folder}; a smaller learning_rate is the usual cure."
         )
+
+
+def _moments(adam: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = adam.state_dict()["state"]
+    return {f"adam.{index}.{k}": v for index, of in state.items() for k, v in of.items()}
+
+
+def _give_moments(adam: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    moments = defaultdict[int, dict[str, Tensor]](dict)
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        moments[int(index)][key] = value
+    adam.load_state_dict({**adam.state_dict(), "state": dict(moments)})
 
 
 def _line(metrics: Metrics) -> str:

@@ -84,7 +84,7 @@ def train(
                     run.save()
                 if stop:
                     raise limit.stopped(run)
-        _polish(run, limit)
+        _polish(run, limit, show)
         team.wait()
         return run.up_to_date_card()
 
@@ -121,7 +121,7 @@ def train_seeds(
                 metrics = finish(run.end_epoch())
                 show.print(f"seed {run.recipe.seed}, {_said(metrics, run)}")
         for run in runs:
-            _polish(run, limit)
+            _polish(run, limit, show)
         return [run.up_to_date_card() for run in runs]
 
 
@@ -139,9 +139,13 @@ def _together(runs: Sequence[Run], limit: "_Limit") -> None:
     together.scatter()
 
 
-def _polish(run: Run, limit: "_Limit") -> None:
-    for _ in run.polish():
-        if limit.over(run):
+def _polish(run: Run, limit: "_Limit", show: Console) -> None:
+    for taken in run.polish():
+        stop = limit.over(run)
+        if stop or run.due:
+            run.save()
+            show.print(f"polish {taken}/{run.recipe.polish_steps}")
+        if stop:
             raise limit.stopped(run)
 
 

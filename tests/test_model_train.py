@@ -26,6 +26,7 @@ from torch import Tensor
 from model import checkpoint, refit, train
 from model import run as runs
 from model.data import DataError
+from model.noise import Noise
 from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective
 from model.recipe import (
     FIELDS,
@@ -1043,18 +1044,24 @@ def test_polished_run_is_the_best_model_with_another_encoder(bars: str, tmp_path
         assert torch.equal(weight, before[name]) == name.startswith("decoder")
 
 
-def test_polish_that_was_stopped_is_done_again(bars: str, tmp_path: Path) -> None:
-    """A signal while the encoder is polished costs the polish alone."""
-    folder, climb = tmp_path / "run", refit.ascend
+def test_polish_that_is_stopped_goes_on_from_there(bars: str, tmp_path: Path) -> None:
+    """However often it is stopped no step is taken twice, and the weights are the same."""
+    folder, climb, climbed = tmp_path / "run", refit.ascend, list[Noise]()
     with pytest.MonkeyPatch.context() as monkeypatch:
 
-        def interrupted(*arguments: Any, **settings: Any) -> Climbed:
+        def interrupted(
+            objective: Objective, model: Any, images: Any, noise: Noise, **settings: Any
+        ) -> Climbed:
+            climbed.append(noise)
             signal.raise_signal(signal.SIGINT)
-            return climb(*arguments, **settings)
+            return climb(objective, model, images, noise, **settings)
 
         monkeypatch.setattr(refit, "ascend", interrupted)
-        with pytest.raises(Interrupted, match="after step 6"):
-            _train(folder, bars, polish_steps=3)
+        for again in range(3):
+            with pytest.raises(Interrupted, match="after step 6"):
+                _train(folder, bars, polish_steps=3, resume=again > 0)
     resumed = _train(folder, bars, polish_steps=3, resume=True)
 
+    assert len(climbed) == len(set(climbed)) == 3 * 2
+    assert not (folder / "polish.safetensors").exists()
     assert _weights(resumed) == _weights(_train(tmp_path / "whole", bars, polish_steps=3))
