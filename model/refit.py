@@ -46,15 +46,14 @@ class Refit:
         self.model = deepcopy(model).requires_grad_(requires_grad=False)
         self.taken, self.steps = 0, steps
         self._climb, self._noise = climb, noise
-        for parameter in self.trained.values():
+        for parameter in self.model.phi():
             parameter.requires_grad_()
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=LEARNING_RATE, fused=True)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The encoder's weights by their names in the model."""
-        of_encoder = {id(parameter) for parameter in self.model.phi()}
-        return {n: p for n, p in self.model.named_parameters() if id(p) in of_encoder}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def step(self) -> None:
         """Takes one; there must be one left."""
