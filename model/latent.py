@@ -252,8 +252,8 @@ class LatentVariableModel(nn.Module):
         return CorrelatedMixture(found.mean.to(images.values), found.factor.to(images.values))
 
     def decode(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch c h w"]:
-        """The parameters of p(x | z), a plane a channel."""
-        return self.decoder(latents[..., : self.architecture.latent])
+        """The parameters of p(x | z), a plane a channel, in the latents' precision."""
+        return self._decoded(latents).to(latents)
 
     def zero_filled(self, images: Incomplete) -> GaussianMixture | Stacked:
         """q(z | (x_o, 0)), the proposal of missIWAE (Mattei and Frellsen, 2019)."""
@@ -348,13 +348,17 @@ class LatentVariableModel(nn.Module):
     ) -> list[T]:
         """A function of the decoder's output and the images, of a few images at a time.
 
-        Their pixels then fill the caches of a CPU, not more.
+        Their pixels then fill the caches of a CPU, not more. They come as the decoder's products
+        give them: in bf16 where autocast has it.
         """
         count = len(images)
         whole = self.stack or latents.device.type != "cpu"
         at_once = count if whole else max(1, CACHED_ROWS // latents.shape[1])
         parts = torch.arange(count, device=latents.device).split(at_once)
-        return [of(self.decode(latents[part]), images[part]) for part in parts]
+        return [of(self._decoded(latents[part]), images[part]) for part in parts]
+
+    def _decoded(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch c h w"]:
+        return self.decoder(latents[..., : self.architecture.latent])
 
     def sample(self, count: int, noise: Noise) -> Float[Tensor, "batch channels height width"]:
         """Images from the model itself."""

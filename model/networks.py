@@ -1,7 +1,7 @@
 """Encoder and decoder networks.
 
 They know neither masks nor probability: an encoder takes images to the two halves of a vector,
-a decoder takes latents to one parameter plane an image channel.
+a decoder takes latents to one parameter plane an image channel, in bf16 where autocast has it.
 Every network is rebuilt from its name in `ENCODERS` or `DECODERS` and its arguments.
 """
 
@@ -45,7 +45,7 @@ class MlpEncoder(nn.Module):
         self, values: Float[Tensor, "*batch channels height width"]
     ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch latent"]]:
         """The mean and the logarithm of the standard deviation of q(z | x)."""
-        mean, log_std = _through(self.layers, values.flatten(-3)).chunk(2, dim=-1)
+        mean, log_std = _through(self.layers, values.flatten(-3)).to(values).chunk(2, dim=-1)
         return mean, log_std
 
 
@@ -132,7 +132,7 @@ class Gaussian(nn.Module):
         self, latents: Float[Tensor, "*batch inputs"]
     ) -> tuple[Float[Tensor, "*batch outputs"], Float[Tensor, "*batch outputs"]]:
         """The mean and the logarithm of the standard deviation."""
-        mean, log_std = _through(self.layers, latents).chunk(2, dim=-1)
+        mean, log_std = _through(self.layers, latents).to(latents).chunk(2, dim=-1)
         return mean, log_std
 
 
@@ -192,7 +192,7 @@ class GatedConvDecoder(nn.Module):
     ) -> Float[Tensor, "*batch channels height width"]:
         """The parameters of p(x | z), a plane a channel."""
         planes = self.dense(latents).flatten(0, -2).unflatten(-1, self.image_shape)
-        return self.convolutions(planes).to(latents).unflatten(0, latents.shape[:-1])
+        return self.convolutions(planes).unflatten(0, latents.shape[:-1])
 
 
 class Gated(nn.Module):
@@ -237,19 +237,16 @@ def _through(
     inputs: Float[Tensor, "*batch inputs"],
     packed: list[Tensor] | None = None,
 ) -> Tensor:
-    """The outputs of fully connected layers, a row's the same whatever rows are beside it.
-
-    Where autocast has products in bf16, the outputs are of the inputs' precision nevertheless.
-    """
+    """The outputs of fully connected layers, a row's the same whatever rows are beside it."""
     if torch.is_grad_enabled():
-        return layers(inputs).to(inputs)
+        return layers(inputs)
     rows = inputs.flatten(0, -2)
     stacked = not all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers)
     whole = rows if stacked else _filled_up(rows)  # a stack shares its rows out among models
     if packed is not None and torch.is_inference_mode_enabled():
         found = _packed(layers, packed, whole)
     else:
-        found = _in_place(layers, whole).to(inputs)
+        found = _in_place(layers, whole)
     return found[: len(rows)].unflatten(0, inputs.shape[:-1])
 
 
@@ -262,7 +259,8 @@ def _in_place(layers: nn.Sequential, rows: Float[Tensor, "rows inputs"]) -> Tens
     """The layers' outputs where nobody needs what was there before for a gradient."""
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            rows = (rows @ layer.weight.T).add_(layer.bias)
+            rows = rows @ layer.weight.T
+            rows.add_(layer.bias.to(rows))  # one of another precision would be added far slower
         elif isinstance(layer, nn.Tanh):
             rows = rows.tanh_()
         else:

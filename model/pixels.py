@@ -40,11 +40,11 @@ def bernoulli_sums(
 
     With e = exp(−|l|), softplus(l) = max(l, 0) + log(1 + e), and a sum of such logarithms is the
     logarithm of a product. A particle's pixels are summed in short runs, whose sums and products
-    are one loop.
+    are one loop, in the precision of the image's pixels.
     """
     pixels = logits.shape[-1]
     size = max(d for d in range(1, LONGEST + 1) if pixels % d == 0)
-    runs = logits.unflatten(-1, (-1, size))
+    runs = logits.to(seen).unflatten(-1, (-1, size))
     x, here = (plane[:, None].unflatten(-1, (-1, size)) for plane in (seen, observed))
     decay, positive = (-runs.abs()).exp(), runs.clamp(min=0)
     linear = (x * runs - here * positive).sum(-1)
@@ -72,11 +72,10 @@ class Bernoulli:
 
     def log_density(self, logits: Pixels, images: Incomplete) -> PerParticle:
         """The logarithm of p(x_o | z)."""
-        observed = images.observed.flatten(1).to(logits)
-        seen = images.values.flatten(1) * observed
+        seen, observed = _planes(logits, images)
         if self.compiled is not None and not torch.is_grad_enabled():
             return self.compiled(logits.flatten(2), seen, observed, missing=False)[0]
-        return _BernoulliLogDensity.apply(logits.flatten(2), seen, observed)  # pyright: ignore[reportReturnType]
+        return _BernoulliLogDensity.apply(logits.flatten(2).to(seen), seen, observed)  # pyright: ignore[reportReturnType]
 
     def log_density_of(
         self, logits: Pixels, values: Float[Tensor, "batch ..."], where: Bool[Tensor, "batch ..."]
@@ -87,8 +86,7 @@ class Bernoulli:
     @torch.no_grad()
     def log_densities(self, logits: Pixels, images: Incomplete) -> tuple[PerParticle, PerParticle]:
         """Without gradient, log p(x_o | z) and E log p(x_m | z) under p(x_m | z) itself."""
-        observed = images.observed.flatten(1).to(logits)
-        seen = images.values.flatten(1) * observed
+        seen, observed = _planes(logits, images)
         density, expected = (self.compiled or bernoulli_sums)(logits.flatten(2), seen, observed)
         return density, expected
 
@@ -131,6 +129,13 @@ class Bernoulli:
     ) -> Float[Tensor, "*batch channels height width"]:
         """Pixels x ~ p(x | z), from numbers that are uniform on [0, 1)."""
         return (uniforms < _sigmoid(logits)).to(logits)
+
+
+def _planes(logits: Pixels, images: Incomplete) -> tuple[Tensor, Tensor]:
+    """The observed pixels and where they are, in single precision at least."""
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    observed = images.observed.flatten(1).to(precision)
+    return images.values.flatten(1) * observed, observed
 
 
 def _sigmoid(logits: Tensor) -> Tensor:

@@ -62,6 +62,21 @@ def test_products_of_probabilities_fit_in_single_precision(scale: float):
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-2)
 
 
+def test_half_precision_is_summed_in_single_precision():
+    """Logits in bf16 have the sums of the same numbers in fp32, with a gradient or without."""
+    logits = Noise(1).normal(2, 5, 1, 28, 28, like=LIKE.float()).bfloat16()
+    values, observed = logits[:, 0].float() > 0, logits[:, 1] > 0
+    images = Incomplete.hide(values.float(), observed)
+    wide = Bernoulli().log_densities(logits.float(), images)
+
+    assert all(map(torch.equal, Bernoulli().log_densities(logits, images), wide))
+    for likelihood in (Bernoulli(), Bernoulli(bernoulli_sums)):
+        with torch.set_grad_enabled(likelihood.compiled is None):
+            density = likelihood.log_density(logits, images)
+            assert density.dtype == torch.float32
+            assert torch.equal(density, likelihood.log_density(logits.float(), images))
+
+
 def test_an_image_without_a_hole_or_with_nothing_else():
     """The sum over no pixel is zero, whether none was seen or none is missing."""
     logits = Noise(1).normal(2, 5, 1, 3, 3, like=LIKE)
