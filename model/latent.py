@@ -90,7 +90,7 @@ class Particles:
     expected_log_missing: PerParticle | None = None
     """E log p(x_m | z) under p(x_m | z), without gradient; None where nobody asked for it."""
 
-    warmth: float = 1.0
+    warmth: float | Float[Tensor, ""] = 1.0
     """The part of log p(z) and log q(z) that counts, which early in training may be less."""
 
     @property

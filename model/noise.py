@@ -12,14 +12,14 @@ and training that was interrupted goes on as if it had not been.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-__all__ = ["MAX_SEED", "Noise", "NoisePerImage", "Source", "image_seed"]
+__all__ = ["MAX_SEED", "Noise", "NoisePerImage", "Reseeded", "Source", "image_seed"]
 
 MAX_SEED = 2**53 - 1
 """The largest integer that every reader of JSON keeps."""
@@ -63,7 +63,11 @@ class Noise:
 
     def generator(self, device: torch.device | str = "cpu") -> Generator:
         """A fresh generator; the same seed and path give the same one."""
-        return Generator(device).manual_seed(_hashed(self.seed, *self.path))
+        return self.reseed(Generator(device))
+
+    def reseed(self, generator: Generator) -> Generator:
+        """The generator, which gives from now on what a fresh one would."""
+        return generator.manual_seed(_hashed(self.seed, *self.path))
 
     def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """N(0, 1) numbers from one generator."""
@@ -103,6 +107,41 @@ class NoisePerImage:
         """Uniform numbers, image by image."""
         drawn = [torch.rand(shape[1:], generator=noise.generator()) for noise in self.noises]
         return torch.stack(drawn).to(like)
+
+
+@dataclass(frozen=True)
+class Reseeded:
+    """A source that keeps its generators, so that what drew from them can draw again, reseeded.
+
+    There is one for each part of the work, which may draw once.
+    """
+
+    generators: dict[tuple[int | str, ...], Generator] = field(default_factory=dict)
+    path: tuple[int | str, ...] = ()
+
+    def at(self, *path: int | str) -> "Reseeded":
+        """The source for one part of the work."""
+        return Reseeded(self.generators, self.path + path)
+
+    def reseed(self, noise: Noise) -> None:
+        """Has all that were drawn from give the numbers of this source."""
+        for path, generator in self.generators.items():
+            noise.at(*path).reseed(generator)
+
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
+        """N(0, 1) numbers from the part's generator."""
+        generator = self._generator(like.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
+        """Uniform numbers from the part's generator."""
+        generator = self._generator(like.device)
+        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def _generator(self, device: torch.device) -> Generator:
+        if self.path not in self.generators:
+            self.generators[self.path] = Generator(device)
+        return self.generators[self.path]
 
 
 def _hashed(*path: int | str) -> int:

@@ -160,7 +160,7 @@ class Objective:
         """Whether it needs E log p(x_m | z), which costs half of log p(x_o | z) again."""
         return self.steps and self.p_step == "slides"
 
-    def surrogate(self, particles: Particles, *, alpha: float) -> Surrogate:
+    def surrogate(self, particles: Particles, *, alpha: float | Scalar) -> Surrogate:
         """The two scalars, means over the batch; α is the share of Q̂ in the M-step."""
         if not self.steps:
             bound = self.bound(particles).mean()
@@ -169,7 +169,7 @@ class Objective:
         m_step = share * expected_log_joint(particles) + (1 - share) * elbo(particles)
         return Surrogate(m_step.mean(), P_STEPS[self.p_step](particles).mean())
 
-    def share(self, alpha: float) -> float:
+    def share(self, alpha: float | Scalar) -> float | Scalar:
         """That of Q̂ in the M-step."""
         return alpha if self.annealed else 1.0
 
@@ -222,8 +222,8 @@ def ascend(
     noise: Source,
     *,
     particles: int,
-    alpha: float = 1.0,
-    warmth: float = 1.0,
+    alpha: float | Scalar = 1.0,
+    warmth: float | Scalar = 1.0,
     climb: str = "both",
 ) -> Climbed:
     """Adds the gradients of minus the objective to the model's parameters.

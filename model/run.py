@@ -22,7 +22,6 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
@@ -38,13 +37,14 @@ from model.data import Split
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Noise
-from model.objectives import Climbed, ascend, bound
+from model.objectives import Climbed, bound
 from model.recipe import Recipe, RecipeError, to_json
 from model.refit import Refit, polish
 from model.stages import Stages
+from model.step import Asked, Stepper, optimizer, products
 from model.team import Team
 
-__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run", "optimizer"]
+__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
 
 RECIPE, STATE, METRICS, LEDGER, CHECKPOINT, POLISH = (
     "recipe.json",
@@ -101,29 +101,6 @@ class State:
 PLACE = ("step", "validated", "sums", "best_bound", "best_epoch", "seconds")
 
 
-def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
-    """What takes a recipe's steps with all weights of a model."""
-    return torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-
-
-def products(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Has the networks' products in bf16, if that is the precision and the processor has them.
-
-    What networks give, and so every log-density, is in single precision all the same.
-    The casts are not kept: one that was made without gradients would be taken for those with.
-    """
-    here = device.type != "cpu" or BF16_CPU
-    return torch.autocast(
-        device.type, torch.bfloat16, precision == "medium" and here, cache_enabled=False
-    )
-
-
-BF16_CPU = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-"""Whether this processor multiplies bf16 itself: others would be slower with it than without."""
-
-
 class Run:
     """The training of one model in one folder."""
 
@@ -144,7 +121,8 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
         self._check_parts()
         model = architecture.build(self.noise.at("weights")).to(self.device).compiled()
-        self.state = State(model, optimizer(recipe, model), _copy(model))
+        self.state = State(model, self.optimizer(model), _copy(model))
+        self.stepper = self.stepping(model, self.state.optimizer)
         self.unseen: list[Climbed] = []
         self.refit: Refit | None = None
         """The polish, while there is one."""
@@ -283,47 +261,46 @@ class Run:
 
     def step(self) -> None:
         """One step of training."""
-        state, objective = self.state, self.recipe.objective_in(self.epoch)
-        images, noise, share = self.ask()
-        for climb in objective.climbs:
-            state.optimizer.zero_grad()
-            with products(self.recipe.precision, self.device):
-                climbed = ascend(
-                    objective, state.model, images, noise.at(climb), **self.settings, climb=climb
-                )
-            self.team.average_gradients(state.model.parameters(), share=share)
-            state.optimizer.step()
-            if climb != "encoder":
-                self.unseen.append(climbed)
-        self.stepped()
+        self.stepped(self.stepper.take(self.ask(), self.learning_rate))
+
+    def optimizer(self, model: LatentVariableModel) -> torch.optim.AdamW:
+        """What takes the recipe's steps with a model's weights."""
+        recipe = self.recipe
+        return optimizer(
+            model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+
+    def stepping(self, model: LatentVariableModel, adam: torch.optim.AdamW) -> Stepper:
+        """What takes the recipe's steps."""
+        recipe = self.recipe
+        return Stepper(
+            model, adam, particles=recipe.particles, precision=recipe.precision, team=self.team
+        )
 
     @property
     def epoch(self) -> int:
         """That of the next step."""
         return self.state.step // self.steps_per_epoch
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the next step's objective is weighed with."""
-        return {
-            "particles": self.recipe.particles,
-            "alpha": self.alpha(self.epoch),
-            "warmth": self.warmth(self.epoch),
-        }
+    def ask(self) -> Asked:
+        """What the next step is taken with."""
+        batch, epoch = self.recipe.batch, self.epoch
+        self.train.turn_to(epoch)
+        place = self.state.step % self.steps_per_epoch
+        index = self.train.order[place * batch : (place + 1) * batch]
+        mine, noise = self.team.part(index), self._own(self.noise.at("step", self.state.step))
+        return Asked(
+            objective=self.recipe.objective_in(epoch),
+            images=self.train.batch(mine, noise),
+            noises=(noise,),
+            alpha=self.alpha(epoch),
+            warmth=self.warmth(epoch),
+            share=len(mine) / len(index),
+        )
 
-    def ask(self) -> tuple[Incomplete, Noise, float]:
-        """The images of the next step, its noise, and the share of the batch that these are."""
-        recipe, state = self.recipe, self.state
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.train.turn_to(self.epoch)
-        place = state.step % self.steps_per_epoch
-        index = self.train.order[place * recipe.batch : (place + 1) * recipe.batch]
-        mine, noise = self.team.part(index), self._own(self.noise.at("step", state.step))
-        return self.train.batch(mine, noise), noise, len(mine) / len(index)
-
-    def stepped(self) -> None:
+    def stepped(self, saw: Climbed) -> None:
         """Counts a step that was taken."""
+        self.unseen.append(saw)
         self.state.step += 1
         if len(self.unseen) >= LOOK_EVERY:
             self.look()

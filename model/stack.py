@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from model.latent import LatentVariableModel
-from model.noise import Noise
+from model.noise import Source
 
 __all__ = ["NoisePerModel", "StackedLinear", "stacked"]
 
@@ -58,7 +58,7 @@ def stacked(models: Sequence[LatentVariableModel]) -> LatentVariableModel:
 class NoisePerModel:
     """A source of each model's own: its part of a batch gets what it would get alone."""
 
-    noises: tuple[Noise, ...]
+    noises: tuple[Source, ...]
 
     def at(self, *path: int | str) -> "NoisePerModel":
         """The sources for one part of the work."""

@@ -1,14 +1,15 @@
 """Runs that differ in their seeds, trained in lockstep as one stack of models."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from model.masks import Incomplete
-from model.objectives import Climbed, ascend
-from model.run import Run, optimizer, products
-from model.stack import NoisePerModel, stacked
+from model.objectives import Climbed
+from model.run import Run
+from model.stack import stacked
 
 __all__ = ["Together"]
 
@@ -19,7 +20,8 @@ class Together:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, lead = runs, runs[0]
         self.model = stacked([run.state.model for run in runs])
-        self.optimizer = optimizer(lead.recipe, self.model)
+        self.optimizer = lead.optimizer(self.model)
+        self.stepper = lead.stepping(self.model, self.optimizer)
         for whole, parts in self._parameters():
             moments = [run.state.optimizer.state[p] for run, p in zip(runs, parts, strict=True)]
             if moments[0]:
@@ -33,26 +35,18 @@ class Together:
 
     def step(self) -> None:
         """One step of every run."""
-        lead = self.runs[0]
-        objective = lead.recipe.objective_in(lead.epoch)
-        asked = [run.ask() for run in self.runs]
+        lead, asked = self.runs[0], [run.ask() for run in self.runs]
         images = Incomplete(
-            torch.cat([images.values for images, _, _ in asked]),
-            torch.cat([images.observed for images, _, _ in asked]),
+            torch.cat([one.images.values for one in asked]),
+            torch.cat([one.images.observed for one in asked]),
         )
-        self.optimizer.param_groups[0]["lr"] = lead.learning_rate
-        for climb in objective.climbs:
-            self.optimizer.zero_grad()
-            noise = NoisePerModel(tuple(noise.at(climb) for _, noise, _ in asked))
-            with products(lead.recipe.precision, lead.device):
-                climbed = ascend(
-                    objective, self.model, images, noise, **lead.settings, climb=climb
-                )
-            self.optimizer.step()
-            if climb != "encoder":
-                self._tell(climbed)
-        for run in self.runs:
-            run.stepped()
+        noises = tuple(noise for one in asked for noise in one.noises)
+        saw = self.stepper.take(
+            replace(asked[0], images=images, noises=noises), lead.learning_rate
+        )
+        columns = torch.stack((saw.bound, saw.elbo_variance, saw.q_hat_variance), 1)
+        for run, numbers in zip(self.runs, columns, strict=True):
+            run.stepped(Climbed(*numbers))
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -65,11 +59,6 @@ class Together:
                     name: (value if name == "step" else value[index]).clone()
                     for name, value in moments.items()
                 }
-
-    def _tell(self, climbed: Climbed) -> None:
-        columns = (climbed.bound, climbed.elbo_variance, climbed.q_hat_variance)
-        for run, numbers in zip(self.runs, torch.stack(columns, 1), strict=True):
-            run.unseen.append(Climbed(*numbers))
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
         """Each parameter of the stack with those of the runs that it is made of."""

@@ -107,6 +107,7 @@ def train_seeds(
         RecipeError, DataError, Diverged, Interrupted: As of `train`.
     """
     show, runs = console or Console(stderr=True), list[Run]()
+    together: Together | None = None
     with _limit(minutes) as limit, _matmul_precision(recipe.precision):
         for seed in range(recipe.seed, recipe.seed + seeds):
             place, each = folder / f"seed-{seed}", replace(recipe, seed=seed)
@@ -116,7 +117,9 @@ def train_seeds(
         while left := [run for run in runs if not run.finished]:
             least = min(run.state.step for run in left)
             behind = [run for run in left if run.state.step == least]
-            _together(behind, limit)
+            if together is None or together.runs != behind:
+                together = Together(behind)
+            _together(together, limit)
             for run in behind:
                 metrics = finish(run.end_epoch())
                 show.print(f"seed {run.recipe.seed}, {_said(metrics, run)}")
@@ -125,9 +128,9 @@ def train_seeds(
         return [run.up_to_date_card() for run in runs]
 
 
-def _together(runs: Sequence[Run], limit: "_Limit") -> None:
+def _together(together: Together, limit: "_Limit") -> None:
     """Takes the runs, which are at the same step, to the end of their epoch."""
-    together, lead = Together(runs), runs[0]
+    runs, lead = together.runs, together.runs[0]
     for _ in together.rest():
         stop = limit.over(lead)
         if stop or lead.due:

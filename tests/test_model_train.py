@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model import checkpoint, refit, train
 from model import run as runs
+from model import step as stepping
 from model.data import DataError
 from model.noise import Noise
 from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective
@@ -38,8 +39,9 @@ from model.recipe import (
     stored_recipe,
 )
 from model.refinement import Refinement
-from model.run import BF16_CPU, Diverged, Run
+from model.run import Diverged, Run
 from model.stages import finish
+from model.step import BF16_CPU
 from model.train import Interrupted, main
 
 ROOT = Path(__file__).parents[1]
@@ -232,14 +234,14 @@ def test_killed_at_any_operation_on_files(bars: str, tmp_path: Path) -> None:
 
 
 def _killed_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    steps, ascend = itertools.count(1), runs.ascend
+    steps, ascend = itertools.count(1), stepping.ascend
 
     def step(*arguments: Any, **settings: Any) -> Climbed:
         if next(steps) == number:
             raise Killed
         return ascend(*arguments, **settings)
 
-    monkeypatch.setattr(runs, "ascend", step)
+    monkeypatch.setattr(stepping, "ascend", step)
 
 
 def test_long_epochs_are_saved_in_their_midst(bars: str, tmp_path: Path) -> None:
@@ -442,7 +444,7 @@ def test_metrics_are_those_of_the_steps(
     bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An epoch's bound is the mean over its steps, each of which was taken with the epoch's α."""
-    bounds, alphas, ascend = list[float](), list[float](), runs.ascend
+    bounds, alphas, ascend = list[float](), list[float](), stepping.ascend
 
     def step(*arguments: Any, **settings: Any) -> Climbed:
         climbed = ascend(*arguments, **settings)
@@ -450,7 +452,7 @@ def test_metrics_are_those_of_the_steps(
         alphas.append(settings["alpha"])
         return climbed
 
-    monkeypatch.setattr(runs, "ascend", step)
+    monkeypatch.setattr(stepping, "ascend", step)
     lines = _metrics(_train(tmp_path / "run", bars, epochs=3, anneal_epochs=2))
 
     assert [line["train_bound"] for line in lines] == [
@@ -464,14 +466,14 @@ def test_metrics_have_the_variances_of_the_steps(
     bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the ELBO and of Q̂ are finite, positive, and the means over an epoch's steps."""
-    variances, ascend = list[tuple[float, float]](), runs.ascend
+    variances, ascend = list[tuple[float, float]](), stepping.ascend
 
     def step(*arguments: Any, **settings: Any) -> Climbed:
         climbed = ascend(*arguments, **settings)
         variances.append((climbed.elbo_variance.item(), climbed.q_hat_variance.item()))
         return climbed
 
-    monkeypatch.setattr(runs, "ascend", step)
+    monkeypatch.setattr(stepping, "ascend", step)
     lines = _metrics(_train(tmp_path / "run", bars))
 
     assert all(0 < number < math.inf for pair in variances for number in pair)
@@ -516,13 +518,13 @@ def test_fresh_particles_are_two_steps_of_the_optimiser(bars: str, tmp_path: Pat
     run.begin()
     seen: list[dict[str, Tensor]] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        ascend = runs.ascend
+        ascend = stepping.ascend
 
         def step(*arguments: Any, **settings: Any) -> Climbed:
             seen.append({k: v.clone() for k, v in run.state.model.state_dict().items()})
             return ascend(*arguments, **settings)
 
-        monkeypatch.setattr(runs, "ascend", step)
+        monkeypatch.setattr(stepping, "ascend", step)
         run.step()
     seen.append(run.state.model.state_dict())
 
@@ -669,7 +671,7 @@ def test_signal_in_the_step_that_diverges(
     bound: float, bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request to stop does not make a bad state the one that is kept, even of a good bound."""
-    folder, ascend, steps = tmp_path / "run", runs.ascend, itertools.count()
+    folder, ascend, steps = tmp_path / "run", stepping.ascend, itertools.count()
 
     def diverge(objective: Any, model: Any, *arguments: Any, **settings: Any) -> Climbed:
         good = ascend(objective, model, *arguments, **settings)
@@ -679,7 +681,7 @@ def test_signal_in_the_step_that_diverges(
         signal.raise_signal(signal.SIGINT)
         return replace(good, bound=torch.tensor(bound))
 
-    monkeypatch.setattr(runs, "ascend", diverge)
+    monkeypatch.setattr(stepping, "ascend", diverge)
     what = "objective" if bound != -1 else "model"
     with pytest.raises(Diverged, match=f"The {what} is not a finite number after step 5"):
         _train(folder, bars)
