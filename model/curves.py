@@ -4,10 +4,11 @@ They are drawn from what is on disk, the metrics of what was run and the numbers
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,13 +18,15 @@ SUFFIX = ".metrics.jsonl"
 """What the metrics of a cell are called after its name."""
 INCHES = (5.0, 4.0)
 LOWEST = 0.1
+WIDEST = 2.0
 
 
 def variances(results: Path, path: Path) -> None:
-    """Writes a PNG with a panel a row of the tables and a colour an objective.
+    """Writes a PNG with a panel a row of the tables and a colour a column of it.
 
-    A solid line is the variance of an image's ELBO as an estimate from its particles, and a
-    dashed one that of Q̂ (by the delta method). Where nothing was run nothing is written.
+    The lines of a column's schedules are ever thinner. A solid line is the variance of an image's
+    ELBO as an estimate from its particles, and a dashed one that of Q̂ (by the delta method).
+    Where nothing was run nothing is written.
     """
     rows: dict[str, list[Path]] = defaultdict(list)
     for metrics in sorted(results.glob(f"*{SUFFIX}")):
@@ -31,25 +34,33 @@ def variances(results: Path, path: Path) -> None:
     if not rows:
         return
     width, height = INCHES
-    figure = Figure((width * len(rows), height), layout="constrained")
-    panels = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
+    figure = Figure((width * len(rows), 1.5 * height), layout="constrained")
+    panels = figure.subplots(1, len(rows), squeeze=False, sharex=True, sharey=True)[0]
+    columns = sorted({_column(cell) for cells in rows.values() for cell in cells})
     for panel, (row, cells) in zip(panels, rows.items(), strict=True):
-        panel.set(title=row, xlabel="epoch", yscale="log")
-        for index, cell in enumerate(cells):
-            _draw(panel, cell, f"C{index}")
+        panel.set(title=row, xlabel="epoch", xscale="log", yscale="log")
+        drawn = Counter[str]()
+        for cell in cells:
+            drawn[_column(cell)] += 1
+            colour = colormaps["tab20"](columns.index(_column(cell)))
+            _draw(panel, cell, color=colour, linewidth=WIDEST / drawn[_column(cell)])
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+        panel.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     panels[0].set_ylabel("variance, nats² (solid: ELBO, dashed: Q̂)")
     panels[0].set_ylim(bottom=LOWEST)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _draw(panel: Axes, cell: Path, colour: str) -> None:
+def _column(cell: Path) -> str:
+    return cell.name.split(".")[1]
+
+
+def _draw(panel: Axes, cell: Path, **style: Any) -> None:
     epochs = [json.loads(line) for line in cell.read_text().splitlines()]
     at = [epoch["epoch"] + 1 for epoch in epochs]
     name = cell.name.removesuffix(SUFFIX).split(".", 1)[1]
-    panel.plot(at, [e["elbo_variance"] for e in epochs], colour, label=name)
-    panel.plot(at, [e["q_hat_variance"] for e in epochs], f"{colour}--")
+    panel.plot(at, [e["elbo_variance"] for e in epochs], label=name, **style)
+    panel.plot(at, [e["q_hat_variance"] for e in epochs], "--", **style)
 
 
 def diagnostics(found: dict[str, Any], path: Path) -> None:
