@@ -11,6 +11,7 @@ and training that was interrupted goes on as if it had not been.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -50,9 +51,27 @@ class Source(Protocol):
         ...
 
 
+class OneGenerator(ABC):
+    """A source for a whole batch, whose numbers are drawn on the device where they are used."""
+
+    @abstractmethod
+    def generator(self, device: torch.device | str = "cpu") -> Generator:
+        """What the numbers come from."""
+
+    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
+        """N(0, 1) numbers from one generator."""
+        generator = self.generator(like.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
+        """Uniform numbers from one generator."""
+        generator = self.generator(like.device)
+        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
 @dataclass(frozen=True)
-class Noise:
-    """One source for a whole batch, drawn on the device where it is used."""
+class Noise(OneGenerator):
+    """The source of a seed and a path."""
 
     seed: int
     path: tuple[int | str, ...] = ()
@@ -68,16 +87,6 @@ class Noise:
     def reseed(self, generator: Generator) -> Generator:
         """The generator, which gives from now on what a fresh one would."""
         return generator.manual_seed(_hashed(self.seed, *self.path))
-
-    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
-        """N(0, 1) numbers from one generator."""
-        generator = self.generator(like.device)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
-        """Uniform numbers from one generator."""
-        generator = self.generator(like.device)
-        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class NoisePerImage:
 
 
 @dataclass(frozen=True)
-class Reseeded:
+class Reseeded(OneGenerator):
     """A source that keeps its generators, so that what drew from them can draw again, reseeded.
 
     There is one for each part of the work, which may draw once.
@@ -128,17 +137,8 @@ class Reseeded:
         for path, generator in self.generators.items():
             noise.at(*path).reseed(generator)
 
-    def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
-        """N(0, 1) numbers from the part's generator."""
-        generator = self._generator(like.device)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-    def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
-        """Uniform numbers from the part's generator."""
-        generator = self._generator(like.device)
-        return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-    def _generator(self, device: torch.device) -> Generator:
+    def generator(self, device: torch.device | str = "cpu") -> Generator:
+        """The part's generator, which is made when it is first drawn from."""
         if self.path not in self.generators:
             self.generators[self.path] = Generator(device)
         return self.generators[self.path]
