@@ -77,11 +77,12 @@ TABLES: dict[str, Table] = {
     ),
     "findings": Table(
         title="What carries the gain: one change at a time",
-        rows={"patches-6": (None,) * 5},
+        rows={"patches-6": (None,) * 6},
         columns={
             "iwem": {"objective": "iwem"},
             "iwem-woa": {"objective": "iwem-woa"},
             "dreg": {"objective": "iwem-woa", "p_step": "dreg"},
+            "two-pass-warm": {"objective": "miss-iwem-woa", "warm_up_epochs": 15},
             "two-pass-warm-dreg": {**WARM_DREG, "objective": "miss-iwem-woa"},
             "mixture-warm-wake": {
                 **WARM_DREG,
