@@ -41,9 +41,10 @@ def variances(results: Path, path: Path) -> None:
         panel.set(title=row, xlabel="epoch", xscale="log", yscale="log")
         drawn = Counter[str]()
         for cell in cells:
-            drawn[_column(cell)] += 1
-            colour = colormaps["tab20"](columns.index(_column(cell)))
-            _draw(panel, cell, color=colour, linewidth=WIDEST / drawn[_column(cell)])
+            column = _column(cell)
+            drawn[column] += 1
+            colour = colormaps["tab20"](columns.index(column))
+            _draw(panel, cell, color=colour, linewidth=WIDEST / drawn[column])
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     panels[0].set_ylabel("variance, nats² (solid: ELBO, dashed: Q̂)")
