@@ -349,9 +349,10 @@ class Run:
             noise = self.noise.at("validate", start)
             if start < count:
                 images = self.validation.batch(slice(start, start + batch), noise)
-                bounds = bound(
-                    recipe.last_objective, model, images, noise, particles=recipe.particles
-                )
+                with products(recipe.precision, self.device):
+                    bounds = bound(
+                        recipe.last_objective, model, images, noise, particles=recipe.particles
+                    )
                 sums.append(bounds.sum())
             yield
         mine = torch.tensor([sum(torch.stack(sums).tolist()) if sums else 0.0]).double()

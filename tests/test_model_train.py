@@ -293,6 +293,21 @@ def test_products_in_bf16_are_where_the_processor_has_them(bars: str, tmp_path: 
     assert _same(exact, rounded) is not BF16_CPU
 
 
+def test_validation_has_the_products_of_training(bars: str, tmp_path: Path) -> None:
+    """The same weights have a bound that is rounded as training's, by next to nothing."""
+    bounds: list[float] = []
+    for precision in ("highest", "medium"):
+        folder = tmp_path / precision
+        recipe = read_recipe(None, **{**TINY, "data": bars, "precision": precision})
+        run = Run(folder, recipe, device="cpu")
+        run.begin()
+        bounds.append(finish(run.validate()))
+
+    exact, rounded = bounds
+    assert (rounded != exact) is BF16_CPU
+    assert rounded == pytest.approx(exact, rel=1e-3)
+
+
 def test_finished_run_is_left_as_it_is(bars: str, tmp_path: Path) -> None:
     """Going on with a run that is done changes nothing, results on the card included."""
     folder = _train(tmp_path / "run", bars)
