@@ -7,6 +7,7 @@ r"""A run: the training of one model in one folder, which continues from whereve
     tensorboard/           the same curves
     checkpoint/            the best model so far, by validation on observed pixels
     polish.safetensors     the encoder that is being polished, only while it is
+    .lock                  held by who works on it
 
 All that is drawn in a step comes from `Noise(seed).at("step", step)`, so the state needs no
 generator and a run that was killed anywhere ends in the same weights as one that was not.
@@ -44,15 +45,16 @@ from model.stages import Stages
 from model.step import Asked, Stepper, optimizer, products
 from model.team import Team
 
-__all__ = ["CHECKPOINT", "RECIPE", "Diverged", "Metrics", "Run"]
+__all__ = ["CHECKPOINT", "LOCK", "RECIPE", "Diverged", "Metrics", "Run"]
 
-RECIPE, STATE, METRICS, LEDGER, CHECKPOINT, POLISH = (
+RECIPE, STATE, METRICS, LEDGER, CHECKPOINT, POLISH, LOCK = (
     "recipe.json",
     "state.safetensors",
     "metrics.jsonl",
     "ledger.jsonl",
     "checkpoint",
     "polish.safetensors",
+    ".lock",
 )
 SAVE_EVERY = 60.0
 """Seconds of work that a kill may cost."""

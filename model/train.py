@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,7 +30,7 @@ from model.recipe import (
     read_recipe,
     stored_recipe,
 )
-from model.run import CHECKPOINT, RECIPE, Diverged, Metrics, Run
+from model.run import CHECKPOINT, LOCK, RECIPE, Diverged, Metrics, Run
 from model.stages import finish
 from model.team import Team
 from model.together import Together
@@ -62,16 +63,18 @@ def train(
 
     Raises:
         RecipeError: The folder holds a run of another recipe, or one that `resume` was not
-            asked for; or this machine lacks the device.
+            asked for, or another process works on it; or this machine lacks the device.
         DataError: There are no such data, or nothing of them is observed.
         Diverged: The bound became NaN or infinite; the last good state is kept.
         Interrupted: SIGINT or SIGTERM came, or the minutes are over; the state is saved.
     """
-    with _limit(minutes) as limit, _matmul_precision(recipe.precision):
+    with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:
         team = Team.joined()
         _refuse_another(folder, recipe, resume=resume)
         team.wait()
         run = Run(folder, recipe, device=device, team=team)
+        if team.leads:
+            held.enter_context(_alone(folder))
         run.begin()
         show = console or Console(stderr=True)
 
@@ -108,11 +111,12 @@ def train_seeds(
     """
     show, runs = console or Console(stderr=True), list[Run]()
     together: Together | None = None
-    with _limit(minutes) as limit, _matmul_precision(recipe.precision):
+    with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:
         for seed in range(recipe.seed, recipe.seed + seeds):
             place, each = folder / f"seed-{seed}", replace(recipe, seed=seed)
             _refuse_another(place, each, resume=resume)
             runs.append(Run(place, each, device=device))
+            held.enter_context(_alone(place))
             runs[-1].begin()
         while left := [run for run in runs if not run.finished]:
             least = min(run.state.step for run in left)
@@ -230,6 +234,20 @@ def _refuse_another(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         )
     if changed := differences(stored_recipe(folder / RECIPE), recipe):
         raise RecipeError(f"The run in {folder} has another recipe. {changed}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Keeps other processes from the run in a folder; two would write each epoch twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise RecipeError(
+            f"Expected a run that nobody works on; another process trains the one in {folder}."
+        ) from None
+    with lock:
+        yield
 
 
 @dataclass(frozen=True)

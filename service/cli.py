@@ -7,6 +7,8 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +22,7 @@ from service.app import create_app, working
 from service.batch_cli import batch_app, fail, read_settings
 from service.settings import processors
 
-__all__ = ["app", "serve"]
+__all__ = ["app", "commands", "serve"]
 
 app = typer.Typer(
     help="Several honest completions, with a likelihood, for images with missing pixels.",
@@ -212,16 +214,49 @@ def reproduce(
     chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only or ()))
     if not chosen:
         fail(f"Expected parts of the names of cells; got {', '.join(only or ())!r}.")
-    run(
-        chosen,
-        lambda words: subprocess.call([sys.executable, "-m", "service", *words]),
-        runs=runs,
-        docs=docs,
-        minutes=int(budget[:-1]) * units[budget[-1]],
-        jobs=jobs,
-        threads=threads or _threads(jobs),
-        console=Console(highlight=False),
-    )
+    with commands() as call:
+        run(
+            chosen,
+            call,
+            runs=runs,
+            docs=docs,
+            minutes=int(budget[:-1]) * units[budget[-1]],
+            jobs=jobs,
+            threads=threads or _threads(jobs),
+            console=Console(highlight=False),
+        )
+
+
+@contextmanager
+def commands() -> Generator[Callable[[Sequence[str]], int]]:
+    """Runs commands of this program, from any thread, and gives their exit status.
+
+    A signal to stop goes on to those that run, which save what they have; no other begins, and
+    this process ends once they have ended.
+    """
+    running, stopped = set[subprocess.Popen[bytes]](), list[int]()
+
+    def call(words: Sequence[str]) -> int:
+        with subprocess.Popen([sys.executable, "-m", "service", *words]) as process:
+            running.add(process)
+            if stopped:
+                process.terminate()
+            status = process.wait()
+            running.remove(process)
+            return status
+
+    def stop(number: int, _frame: object) -> None:
+        stopped.append(number)
+        for process in tuple(running):
+            process.send_signal(number)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield call
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -306,6 +307,23 @@ def test_validation_has_the_products_of_training(bars: str, tmp_path: Path) -> N
     exact, rounded = bounds
     assert (rounded != exact) is BF16_CPU
     assert rounded == pytest.approx(exact, rel=1e-3)
+
+
+def test_two_processes_do_not_work_on_one_run(bars: str, tmp_path: Path) -> None:
+    """The second is refused with a sentence, and the first goes on; afterwards the run is free."""
+    folder, endless = tmp_path / "run", 10**6
+    with _start(folder, *_words(bars, epochs=endless, patience=endless)) as first:
+        _wait_for_epochs(first, folder, 1)
+        with _start(folder, "--resume") as second:
+            said = second.communicate(timeout=60)[1]
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
+
+    assert (first.returncode, second.returncode) == (130, 2)
+    assert f"another process trains the one in {folder}" in said
+    assert [line["epoch"] for line in _metrics(folder)] == list(range(len(_metrics(folder))))
+    with FileLock(folder / ".lock", timeout=0):
+        assert _place(folder)["validated"] == len(_metrics(folder))
 
 
 def test_finished_run_is_left_as_it_is(bars: str, tmp_path: Path) -> None:

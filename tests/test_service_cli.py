@@ -3,12 +3,16 @@
 import json
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from service import cli
@@ -176,3 +180,36 @@ def test_factor_analysis_is_fitted_evaluated_and_drawn(tmp_path: Path):
     assert (tmp_path / "fa" / "diagnostics.png").stat().st_size > 1000
     assert again.exit_code == 2
     assert "a new folder" in again.output
+
+
+COMMANDS = """
+import sys
+from service.cli import commands
+with commands() as call:
+    call(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_goes_on_to_the_commands_that_run(number: signal.Signals, tmp_path: Path):
+    """The training that is under way saves its state and ends before the one who called it."""
+    images = np.random.default_rng(0).integers(0, 2, (40, 1, 4, 4), dtype=np.uint8) * 255
+    np.savez(tmp_path / "images.npz", train=images, validation=images, test=images)
+    folder = tmp_path / "run"
+    words = ["train", f"--data={tmp_path / 'images.npz'}", "--epochs=100000", "--patience=100000"]
+    words += [f"--out={folder}", "--hidden=4,4", "--latent=2", "--particles=2", "--threads=1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMANDS, *words], stderr=subprocess.PIPE, text=True
+    ) as caller:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoint").exists():
+            assert caller.poll() is None, caller.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        caller.send_signal(number)
+        said = caller.communicate(timeout=60)[1]
+
+    assert caller.returncode == 128 + number
+    assert "Stopped after step" in said
+    with FileLock(folder / ".lock", timeout=0):  # nobody works on it any more
+        assert (folder / "state.safetensors").exists()
