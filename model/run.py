@@ -213,23 +213,25 @@ class Run:
         Gives how many steps were taken after each of them: there it may be saved and left, and
         goes on later. Nothing is done if it is done or the recipe has no steps of it.
         """
-        if not self.team.leads or self.polished:
+        if not self.team.leads:
             return
-        self.refit, self.clock = self._refit(), time.monotonic()
-        while self.refit.taken < self.refit.steps:
+        if not self.polished:
+            yield from self._polish()
+        (self.folder / POLISH).unlink(missing_ok=True)
+
+    def _polish(self) -> Iterator[int]:
+        refit, self.clock = self._refit(), time.monotonic()
+        self.refit = refit
+        while refit.taken < refit.steps:
             with products(self.recipe.precision, self.device):
-                self.refit.step()
-            yield self.refit.taken
-        self.polish_seconds += self._elapsed()
-        done = {
-            "polish_steps": self.recipe.polish_steps,
-            "polish_seconds": round(self.polish_seconds),
-        }
+                refit.step()
+            yield refit.taken
+        self.save()
+        self.refit = None
+        done = {"polish_steps": refit.steps, "polish_seconds": round(self.polish_seconds)}
         card = self.card()
         card = replace(card, training={**card.training, **done})
-        checkpoint.write(self.folder / CHECKPOINT, Checkpoint(self.refit.model.cpu(), card))
-        (self.folder / POLISH).unlink(missing_ok=True)
-        self.refit = None
+        checkpoint.write(self.folder / CHECKPOINT, Checkpoint(refit.model.cpu(), card))
 
     def _refit(self) -> Refit:
         """The polish of the best model, from where it was saved."""
@@ -260,6 +262,7 @@ class Run:
         tensors = {f"model.{name}": weight for name, weight in refit.trained.items()}
         place = {"taken": refit.taken, "seconds": self.polish_seconds}
         self._keep(POLISH, {**tensors, **_moments(refit.optimizer)}, place)
+        _write(self.folder / LEDGER, self.ledger + self._entry())
 
     def step(self) -> None:
         """One step of training."""
@@ -522,8 +525,10 @@ class Run:
             "torch": torch.__version__,
             "from_step": self.since.step,
             "to_step": self.state.step,
-            "seconds": round(self.state.seconds - self.since.seconds, 1),
+            "seconds": round(self.state.seconds + self.polish_seconds - self.since.seconds, 1),
         }
+        if self.refit is not None:
+            entry["polish_steps"] = self.refit.taken
         return json.dumps(entry) + "\n"
 
     def _elapsed(self) -> float:

@@ -359,9 +359,13 @@ def test_state_of_the_first_version_is_gone_on_with(bars: str, tmp_path: Path) -
 # Slices of work, and the ledger of them.
 
 
+def _ledger(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
 def _slices(folder: Path) -> list[tuple[int, int]]:
     """The steps from and to which each of those who worked on a run has brought it."""
-    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    lines = _ledger(folder)
 
     assert all(line.keys() >= {"device", "torch", "seconds"} for line in lines)
     assert all(line["seconds"] >= 0 for line in lines)
@@ -1098,5 +1102,17 @@ def test_polish_that_is_stopped_goes_on_from_there(bars: str, tmp_path: Path) ->
     resumed = _train(folder, bars, polish_steps=3, resume=True)
 
     assert len(climbed) == len(set(climbed)) == 3 * 2
+    assert [line.get("polish_steps") for line in _ledger(folder)] == [1, 2, 3, 3]
     assert not (folder / "polish.safetensors").exists()
     assert _weights(resumed) == _weights(_train(tmp_path / "whole", bars, polish_steps=3))
+
+
+def test_polish_that_is_killed_after_it_leaves_nothing(bars: str, tmp_path: Path) -> None:
+    """Where only its file was left over, going on removes that, and the card is as it was."""
+    folder = _train(tmp_path / "run", bars, polish_steps=3)
+    card = (folder / "checkpoint" / "card.json").read_bytes()
+    (folder / "polish.safetensors").write_bytes(b"left over")
+    _train(folder, bars, polish_steps=3, resume=True)
+
+    assert not (folder / "polish.safetensors").exists()
+    assert (folder / "checkpoint" / "card.json").read_bytes() == card
