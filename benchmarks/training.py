@@ -29,9 +29,10 @@ from model.likelihood import BLOCK, Scores, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES, Objective
+from model.optimizers import optimizer
 from model.stack import stacked
 from model.stages import finish
-from model.step import Asked, Stepper, optimizer
+from model.step import Asked, Stepper
 
 BATCH = 100
 SHAPE = (1, 28, 28)

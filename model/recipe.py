@@ -22,6 +22,7 @@ from model.latent import Architecture
 from model.masks import MechanismError, mechanism
 from model.networks import DECODERS, ENCODERS
 from model.objectives import M_STEPS, OBJECTIVES, P_SAMPLES, P_STEPS, Objective
+from model.optimizers import OPTIMIZERS
 from model.refinement import Refinement
 
 __all__ = [
@@ -80,10 +81,12 @@ class Recipe:
     """Images in a step."""
     epochs: int = 1500
     """Passes over the training images, at most."""
+    optimizer: str = "adam"
+    """adam; or muon for the matrices between a network's layers, and adam for the others."""
     learning_rate: float = 3e-4
-    """Of Adam."""
+    """Of Adam; Muon moves as far by it."""
     weight_decay: float = 0.0
-    """Decoupled from Adam's moments, as in AdamW."""
+    """Decoupled from the optimiser's moments, as in AdamW."""
     schedule: str = "constant"
     """Of the learning rate: constant, or cosine: down to zero at the last epoch."""
     anneal_epochs: int = 100
@@ -171,6 +174,7 @@ CHOICES: Mapping[str, Collection[str]] = {
     "p_step": P_STEPS,
     "p_samples": P_SAMPLES,
     "m_step": M_STEPS,
+    "optimizer": OPTIMIZERS,
     "schedule": ("constant", "cosine"),
     "precision": ("highest", "high", "medium"),
     "encoder": ENCODERS,

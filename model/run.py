@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Noise
 from model.objectives import Climbed, bound
+from model.optimizers import give_moments, moments, optimizer
 from model.recipe import Recipe, RecipeError, to_json
 from model.refit import Refit, polish
 from model.stages import Stages
-from model.step import Asked, Stepper, optimizer, products
+from model.step import Asked, Stepper, products
 from model.team import Team
 
 __all__ = ["CHECKPOINT", "LOCK", "RECIPE", "Diverged", "Metrics", "Run"]
@@ -88,7 +89,7 @@ class State:
     """Where a run is; saved whole, so that it goes on from there."""
 
     model: LatentVariableModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     best: dict[str, Tensor]
     step: int = 0
     validated: int = 0
@@ -254,32 +255,39 @@ class Run:
             place, parts = self._read(POLISH)
             refit.taken, self.polish_seconds = place["taken"], place["seconds"]
             refit.model.load_state_dict(parts["model"], strict=False)
-            _give_moments(refit.optimizer, parts["adam"])
+            give_moments(refit.optimizer, parts["adam"])
         return refit
 
     def _write_polish(self, refit: Refit) -> None:
         self.polish_seconds += self._elapsed()
         tensors = {f"model.{name}": weight for name, weight in refit.trained.items()}
         place = {"taken": refit.taken, "seconds": self.polish_seconds}
-        self._keep(POLISH, {**tensors, **_moments(refit.optimizer)}, place)
+        self._keep(POLISH, {**tensors, **_kept(refit.optimizer)}, place)
         _write(self.folder / LEDGER, self.ledger + self._entry())
 
     def step(self) -> None:
         """One step of training."""
         self.stepped(self.stepper.take(self.ask(), self.learning_rate))
 
-    def optimizer(self, model: LatentVariableModel) -> torch.optim.AdamW:
+    def optimizer(self, model: LatentVariableModel) -> torch.optim.Optimizer:
         """What takes the recipe's steps with a model's weights."""
         recipe = self.recipe
         return optimizer(
-            model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay
+            model,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            name=recipe.optimizer,
         )
 
-    def stepping(self, model: LatentVariableModel, adam: torch.optim.AdamW) -> Stepper:
+    def stepping(self, model: LatentVariableModel, optimizer: torch.optim.Optimizer) -> Stepper:
         """What takes the recipe's steps."""
         recipe = self.recipe
         return Stepper(
-            model, adam, particles=recipe.particles, precision=recipe.precision, team=self.team
+            model,
+            optimizer,
+            particles=recipe.particles,
+            precision=recipe.precision,
+            team=self.team,
         )
 
     @property
@@ -419,7 +427,7 @@ class Run:
         tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in state.best.items()}
         place = {name: getattr(state, name) for name in PLACE}
-        self._keep(STATE, {**tensors, **_moments(state.optimizer)}, place)
+        self._keep(STATE, {**tensors, **_kept(state.optimizer)}, place)
         _write(self.folder / LEDGER, self.ledger + self._entry())
 
     def _keep(self, file: str, tensors: dict[str, Tensor], place: dict[str, Any]) -> None:
@@ -508,7 +516,7 @@ class Run:
 
     def _restore(self) -> None:
         place, parts = self._read(STATE)
-        _give_moments(self.state.optimizer, parts["adam"])
+        give_moments(self.state.optimizer, parts["adam"])
         self.state.model.load_state_dict(parts["model"])
         self.state.best = parts["best"]
         # Version 0.1.0 saved at an epoch's end only after it was validated, and did not say so.
@@ -544,17 +552,8 @@ class Run:
         )
 
 
-def _moments(adam: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = adam.state_dict()["state"]
-    return {f"adam.{index}.{k}": v for index, of in state.items() for k, v in of.items()}
-
-
-def _give_moments(adam: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    moments = defaultdict[int, dict[str, Tensor]](dict)
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        moments[int(index)][key] = value
-    adam.load_state_dict({**adam.state_dict(), "state": dict(moments)})
+def _kept(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"adam.{name}": moment for name, moment in moments(optimizer).items()}
 
 
 def _line(metrics: Metrics) -> str:

@@ -23,7 +23,7 @@ from model.objectives import Climbed, Objective, ascend
 from model.stack import NoisePerModel
 from model.team import Team
 
-__all__ = ["BF16_CPU", "Asked", "Stepper", "captured", "optimizer", "products"]
+__all__ = ["BF16_CPU", "Asked", "Stepper", "captured", "products"]
 
 WARMING = 3
 """Steps on another stream before one is captured: libraries set themselves up in them."""
@@ -68,8 +68,10 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer, self.particles = model, optimizer, particles
         self.precision, self.team = precision, team or Team()
-        alone_on_gpu = _device(model).type == "cuda" and self.team.size == 1
-        self.capture = captured if alone_on_gpu and capture is None else capture
+        # a rate that is a number would stay what it was when the step was captured
+        by_tensors = all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+        capturable = by_tensors and self.team.size == 1
+        self.capture = captured if capturable and capture is None else capture
         self.recorded: dict[tuple[Objective, int], _Recorded] = {}
 
     def take(self, asked: Asked, learning_rate: float) -> Climbed:
@@ -212,19 +214,6 @@ def captured(step: Step, generators: Callable[[], Iterator[torch.Generator]]) ->
         return saw
 
     return again
-
-
-def optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """What moves a model's weights; on a GPU one whose step can be captured."""
-    device = _device(model)
-    on_gpu = device.type == "cuda"
-    return torch.optim.AdamW(
-        model.parameters(),
-        torch.tensor(learning_rate, device=device) if on_gpu else learning_rate,
-        weight_decay=weight_decay,
-        fused=True,
-        capturable=on_gpu,
-    )
 
 
 def products(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -108,11 +108,18 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "lean": {**REDUCED, "epochs": 480, "patience": 480, "particles": 10, "way_back": 0.5},
     "brisk": {**REDUCED, "epochs": 60, "patience": 60, "learning_rate": 2e-3},
     "steep": {**REDUCED, "epochs": 240, "patience": 240, "learning_rate": 2e-3},
+    "muon": {
+        **REDUCED,
+        "epochs": 60,
+        "patience": 60,
+        "learning_rate": 2e-3,
+        "optimizer": "muon",
+    },
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
 that two processor cores finish in less than an hour a cell, `long` one of four times the epochs,
 `lean` one of eight times the epochs with a fifth of the particles; `brisk` and `steep` are `short`
-and `long` with steps of twice the size."""
+and `long` with steps of twice the size, and `muon` is `brisk` with another optimiser."""
 STRETCHED: dict[str, dict[str, Any]] = {"steep": {"warm_up_epochs": 60, "polish_steps": 12_000}}
 """What becomes longer with a schedule, of columns that have it."""
 

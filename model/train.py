@@ -109,6 +109,10 @@ def train_seeds(
     Raises:
         RecipeError, DataError, Diverged, Interrupted: As of `train`.
     """
+    if recipe.optimizer != "adam":
+        raise RecipeError(
+            f"Expected optimizer adam with several seeds at once; got {recipe.optimizer}."
+        )
     show, runs = console or Console(stderr=True), list[Run]()
     together: Together | None = None
     with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:

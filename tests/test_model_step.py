@@ -14,9 +14,10 @@ from model.latent import Architecture, LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Noise, Reseeded, Source
 from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective, ascend, bound
+from model.optimizers import optimizer
 from model.refinement import Refinement
 from model.stack import stacked
-from model.step import Asked, Step, Stepper, optimizer
+from model.step import Asked, Step, Stepper
 from tests.conftest import small_model, some_incomplete
 
 MISS = OBJECTIVES["miss-iwem"]
