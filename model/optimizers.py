@@ -23,7 +23,7 @@ class MuonAndAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[Tensor],
         rest: torch.optim.AdamW,
         *,
         learning_rate: float,
@@ -75,7 +75,7 @@ def optimizer(
     return MuonAndAdam(matrices, adam, learning_rate=learning_rate, weight_decay=weight_decay)
 
 
-def _between_layers(model: nn.Module) -> list[nn.Parameter]:
+def _between_layers(model: nn.Module) -> list[Tensor]:
     """The weights of dense layers but those that see pixels and those that give them."""
     assert isinstance(model, LatentVariableModel)
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]

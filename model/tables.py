@@ -201,8 +201,8 @@ INTRODUCTION = """# The tables of the slides, reproduced
 Test log p(x) of complete images in nats, the mean over the test set; higher is better.
 `raw` is by the model's own encoder, as in the slides; `tight` by an encoder that was refitted on
 the test images while the decoder stayed as it was, which tells a loose bound from a bad model.
-± is the standard error over images; ESS is the median effective sample size; the rate is Adam's
-first, which falls along a cosine unless the schedule is the slides'.
+± is the standard error over images; ESS is the median effective sample size; the rate is the
+optimiser's first, which falls along a cosine unless the schedule is the slides'.
 A cell's `.metrics.jsonl` has its epochs, and `variances.png` shows how much an image's ELBO and Q̂
 vary along them.
 The slides' numbers are those of Kim, Hwang and Kim (2020); the order of their columns IWEM and
@@ -226,7 +226,7 @@ COLUMNS = (
     "seeds",
     "spread",
     "K train",
-    "rate",
+    "optimiser, rate",
     "epochs, best",
     "seconds",
     "device",
@@ -255,7 +255,7 @@ def _line(
         str(len(cards)),
         f"{statistics.stdev(r['mean'] for r in raw):.2f}" if len(cards) > 1 else "",
         str(first["recipe"]["particles"]),
-        f"{first['recipe']['learning_rate']:g}",
+        f"{first['recipe'].get('optimizer', 'adam')}, {first['recipe']['learning_rate']:g}",
         epochs,
         str(round(statistics.mean(t["seconds"] for t in training))),
         ", ".join(_distinct(t["device"] for t in training)),

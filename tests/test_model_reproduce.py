@@ -182,5 +182,5 @@ def test_the_page_has_a_line_for_every_cell(tmp_path: Path) -> None:
     (line,) = [line for line in lines if line.startswith("| `patches-6` | miss-iwem |")]
     assert line == (
         "| `patches-6` | miss-iwem | -96.12 ± 0.25 | -95.12 ± 0.25 | -95.18 | 7.0, 7.0 | 5000 "
-        "| 2 | 1.41 | 50 | 0.001 | 60, 59 | 99 | CPU |"
+        "| 2 | 1.41 | 50 | adam, 0.001 | 60, 59 | 99 | CPU |"
     )

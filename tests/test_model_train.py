@@ -30,6 +30,7 @@ from model import step as stepping
 from model.data import DataError
 from model.noise import Noise
 from model.objectives import OBJECTIVES, P_STEPS, Climbed, Objective
+from model.optimizers import OPTIMIZERS
 from model.recipe import (
     FIELDS,
     Recipe,
@@ -212,23 +213,25 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # nobody closes a killed process's files
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_killed_at_any_operation_on_files(bars: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_at_any_operation_on_files(optimizer: str, bars: str, tmp_path: Path) -> None:
     """Between any two operations, and half way through one, the run can be gone on with."""
-    whole, killed = _train(tmp_path / "whole", bars), 0
+    changes: dict[str, Any] = {"optimizer": optimizer}
+    whole, killed = _train(tmp_path / "whole", bars, **changes), 0
     for moment in itertools.count(1):
         folder = tmp_path / f"run-{moment}"
         with pytest.MonkeyPatch.context() as monkeypatch:
             _kill_at(monkeypatch, moment)
             try:
-                _train(folder, bars)
+                _train(folder, bars, **changes)
             except Killed:
                 killed += 1
             else:
                 break
-        recipe = read_recipe(None, **TINY, data=bars)
+        recipe = read_recipe(None, **TINY, data=bars, **changes)
         Run(folder, recipe, device="cpu").begin()
         assert _best(folder) == _place(folder)["best_epoch"], moment
-        assert _same(_train(folder, bars, resume=True), whole), moment
+        assert _same(_train(folder, bars, resume=True, **changes), whole), moment
         assert not list(folder.glob(".checkpoint-*"))
 
     assert killed > 15
@@ -950,6 +953,11 @@ def test_command_goes_on_without_a_recipe(bars: str, tmp_path: Path) -> None:
         (["--data=mnist", "--missing=rain"], "got 'rain'"),
         (["--data=mnist", "--threads=0"], "Expected threads of at least 1; got 0."),
         (["--data=mnist", "--seeds=0"], "Expected seeds of at least 1; got 0."),
+        (
+            ["--data=mnist", "--seeds=2", "--optimizer=muon"],
+            "Expected optimizer adam with several seeds at once; got muon.",
+        ),
+        (["--data=mnist", "--optimizer=sgd"], "Expected optimizer of adam, muon; got 'sgd'."),
         (["--data=mnist", "--batch=0"], "Expected batch of at least 1; got 0."),
     ],
 )
