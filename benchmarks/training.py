@@ -6,7 +6,7 @@ A step is compared with the time of its matrix products alone (forward, and back
 and to the inputs, for every particle), with that of the products that it really does (only some
 particles are sent back), and with a straightforward implementation: a copy of the image for each
 particle, a pass through the decoder for each of the two steps, torch's own functions; and with
-one whose networks have their products in bf16.
+one whose networks have their products in bf16, of Adam and of Muon.
 An evaluation is compared with its forward products. The sides take turns, and medians are given.
 On a GPU the steps are CUDA graphs, as training's are there, and the straightforward ones are not.
 """
@@ -62,6 +62,9 @@ def main() -> None:
             "products done": _products(BATCH * said.particles, device, back=objective.way_back),
             "straightforward": _straightforward(images, said.particles),
             "step in bf16": _step(objective, images, said.particles, precision="medium"),
+            "that by Muon": _step(
+                objective, images, said.particles, precision="medium", name="muon"
+            ),
         }
         times = _interleaved(sides, said.rounds, device)
         _print(show, f"{name}, K = {said.particles}, batch {BATCH}", times, "step")
@@ -97,10 +100,15 @@ def _adam(model: nn.Module) -> torch.optim.Adam:
 
 
 def _step(
-    objective: Objective, images: Incomplete, particles: int, *, precision: str = "highest"
+    objective: Objective,
+    images: Incomplete,
+    particles: int,
+    *,
+    precision: str = "highest",
+    name: str = "adam",
 ) -> Callable[[], object]:
     model = _model(images.values.device).compiled()
-    return _steps(objective, model, images, particles, precision=precision)
+    return _steps(objective, model, images, particles, precision=precision, name=name)
 
 
 def _steps(
@@ -110,10 +118,11 @@ def _steps(
     particles: int,
     *,
     precision: str = "highest",
+    name: str = "adam",
 ) -> Callable[[], object]:
     """Steps as training takes them, each with noise of its own for each model."""
-    adam = optimizer(model, learning_rate=1e-4, weight_decay=0.0)
-    stepper = Stepper(model, adam, particles=particles, precision=precision)
+    by = optimizer(model, learning_rate=1e-4, weight_decay=0.0, name=name)
+    stepper = Stepper(model, by, particles=particles, precision=precision)
     models, steps = math.prod(model.stack), itertools.count()
 
     def step() -> None:
