@@ -1,24 +1,24 @@
 """What moves the weights along their gradients."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, overload
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from model.latent import LatentVariableModel
 
-__all__ = ["OPTIMIZERS", "MuonAndAdam", "give_moments", "moments", "optimizer"]
+__all__ = ["OPTIMIZERS", "give_moments", "moments", "optimizer"]
 
 OPTIMIZERS = ("adam", "muon")
 
 
-class MuonAndAdam(torch.optim.Optimizer):
+class _MuonAndAdam(torch.optim.Optimizer):
     """Muon for some matrices, and Adam for all else.
 
     Muon moves a matrix by its momentum with all singular values made one (Jordan et al., "Muon:
     an optimizer for hidden layers in neural networks", 2024), here as far as Adam would by the
     same rate (Liu et al., "Muon is scalable for LLM training", 2025).
+    What it keeps is that of its two, so it goes on by `give_moments`, not by `load_state_dict`.
     """
 
     def __init__(
@@ -35,24 +35,19 @@ class MuonAndAdam(torch.optim.Optimizer):
             weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.muon, self.rest = muon, rest
         super().__init__([*muon.param_groups, *rest.param_groups], {})
-        self.muon.state = self.rest.state = self.state
+        self.parts = (muon, rest)
+        for part in self.parts:
+            part.state = self.state
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Both take a step; a closure is none that is known here."""
-        assert closure is None
-        self.muon.step()
-        self.rest.step()
-        return None
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closures here
+        """Both take theirs."""
+        for part in self.parts:
+            part.step()
 
 
 def optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, name: str = "adam"
+    model: LatentVariableModel, *, learning_rate: float, weight_decay: float, name: str = "adam"
 ) -> torch.optim.Optimizer:
     """What moves a model's weights, by its name; on a GPU Adam's step can be captured.
 
@@ -72,12 +67,11 @@ def optimizer(
     )
     if not matrices:
         return adam
-    return MuonAndAdam(matrices, adam, learning_rate=learning_rate, weight_decay=weight_decay)
+    return _MuonAndAdam(matrices, adam, learning_rate=learning_rate, weight_decay=weight_decay)
 
 
-def _between_layers(model: nn.Module) -> list[Tensor]:
+def _between_layers(model: LatentVariableModel) -> list[Tensor]:
     """The weights of dense layers but those that see pixels and those that give them."""
-    assert isinstance(model, LatentVariableModel)
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
     *_, last = (p for p in model.decoder.parameters() if p.ndim > 1)
     ends = {id(next(model.encoder.parameters())), id(last)}
@@ -98,6 +92,6 @@ def give_moments(to: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
         to.state[parameters[int(index)]][key] = value
 
 
-def _parameters(of: torch.optim.Optimizer) -> Iterator[Any]:
+def _parameters(of: torch.optim.Optimizer) -> Iterator[Tensor]:
     for group in of.param_groups:
         yield from group["params"]

@@ -553,6 +553,7 @@ class Run:
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its moments as they are called in a state, whichever optimiser it is."""
     return {f"adam.{name}": moment for name, moment in moments(optimizer).items()}
 
 

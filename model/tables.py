@@ -101,20 +101,15 @@ REDUCED = {
     "anneal_epochs": 10,
     "precision": "medium",
 }
+BRISK = {**REDUCED, "epochs": 60, "patience": 60, "learning_rate": 2e-3}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "slides": {},
     "short": {**REDUCED, "epochs": 60, "patience": 60},
     "long": {**REDUCED, "epochs": 240, "patience": 240},
     "lean": {**REDUCED, "epochs": 480, "patience": 480, "particles": 10, "way_back": 0.5},
-    "brisk": {**REDUCED, "epochs": 60, "patience": 60, "learning_rate": 2e-3},
+    "brisk": BRISK,
     "steep": {**REDUCED, "epochs": 240, "patience": 240, "learning_rate": 2e-3},
-    "muon": {
-        **REDUCED,
-        "epochs": 60,
-        "patience": 60,
-        "learning_rate": 2e-3,
-        "optimizer": "muon",
-    },
+    "muon": {**BRISK, "optimizer": "muon"},
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
 that two processor cores finish in less than an hour a cell, `long` one of four times the epochs,

@@ -35,7 +35,7 @@ from model.stages import finish
 from model.team import Team
 from model.together import Together
 
-__all__ = ["MORE_TO_DO", "Interrupted", "main", "train", "train_seeds"]
+__all__ = ["MORE_TO_DO", "Interrupted", "main", "on_stop", "train", "train_seeds"]
 
 
 MORE_TO_DO = 75
@@ -274,22 +274,21 @@ class _Limit:
 
 @contextmanager
 def _limit(minutes: float) -> Generator[_Limit]:
-    until = time.monotonic() + 60 * minutes
-    with _stop_signals() as received:
+    until, received = time.monotonic() + 60 * minutes, list[int]()
+    with on_stop(received.append):
         yield _Limit(received, until)
 
 
 @contextmanager
-def _stop_signals() -> Generator[list[int]]:
-    """The numbers of the signals that have asked the process to stop."""
-    received: list[int] = []
+def on_stop(do: Callable[[int], object]) -> Generator[None]:
+    """Has this done, given its number, when a signal asks the process to stop."""
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may handle signals
+        yield  # only the main thread may handle signals
         return
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in signals}
+    previous = {s: signal.signal(s, lambda number, _: do(number)) for s in signals}
     try:
-        yield received
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -234,6 +234,8 @@ def commands() -> Generator[Callable[[Sequence[str]], int]]:
     A signal to stop goes on to those that run, which save what they have; no other begins, and
     this process ends once they have ended.
     """
+    from model.train import on_stop  # noqa: PLC0415
+
     running, stopped = set[subprocess.Popen[bytes]](), list[int]()
 
     def call(words: Sequence[str]) -> int:
@@ -245,18 +247,14 @@ def commands() -> Generator[Callable[[Sequence[str]], int]]:
             running.remove(process)
             return status
 
-    def stop(number: int, _frame: object) -> None:
+    def stop(number: int) -> None:
         stopped.append(number)
         for process in tuple(running):
             process.send_signal(number)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop(stop):
         yield call
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @app.command()

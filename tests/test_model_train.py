@@ -167,6 +167,7 @@ def _wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int) -
         time.sleep(0.002)
 
 
+@pytest.mark.timeout(300)  # processes to start, on a machine that may have other work
 def test_killed_and_stopped_processes_end_in_the_same_bits(bars: str, tmp_path: Path) -> None:
     """Signals at whatever moment, SIGKILL too, cost nothing but the time to repeat some steps."""
     folder, words, stopped = tmp_path / "stopped", _words(bars, **LONG), ""
