@@ -108,14 +108,17 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "long": {**REDUCED, "epochs": 240, "patience": 240},
     "lean": {**REDUCED, "epochs": 480, "patience": 480, "particles": 10, "way_back": 0.5},
     "brisk": BRISK,
-    "steep": {**REDUCED, "epochs": 240, "patience": 240, "learning_rate": 2e-3},
     "muon": {**BRISK, "optimizer": "muon"},
+    "muon-long": {**BRISK, "optimizer": "muon", "epochs": 120, "patience": 120},
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
 that two processor cores finish in less than an hour a cell, `long` one of four times the epochs,
-`lean` one of eight times the epochs with a fifth of the particles; `brisk` and `steep` are `short`
-and `long` with steps of twice the size, and `muon` is `brisk` with another optimiser."""
-STRETCHED: dict[str, dict[str, Any]] = {"steep": {"warm_up_epochs": 60, "polish_steps": 12_000}}
+`lean` one of eight times the epochs with a fifth of the particles; `brisk` is `short` with steps
+of twice the size, `muon` is `brisk` with another optimiser, and `muon-long` has twice its
+epochs."""
+STRETCHED: dict[str, dict[str, Any]] = {
+    "muon-long": {"warm_up_epochs": 30, "polish_steps": 12_000}
+}
 """What becomes longer with a schedule, of columns that have it."""
 
 
