@@ -28,6 +28,7 @@ from model.stages import finish
 __all__ = [
     "CARD",
     "FORMAT_VERSION",
+    "WEIGHTS",
     "Card",
     "Checkpoint",
     "CheckpointError",

@@ -60,6 +60,7 @@ TimeoutMs = Annotated[
     Header(
         alias="X-Timeout-Ms",
         ge=1,
+        le=24 * 3600 * 1000,
         description="Milliseconds after which the answer is of no use: then it is 504. "
         "The server has a limit of its own.",
     ),

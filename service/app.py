@@ -30,6 +30,7 @@ from service.errors import (
     BadRequest,
     Failed,
     FieldError,
+    NotReady,
     Problem,
     TooLarge,
     problem_document,
@@ -84,7 +85,24 @@ class _Application(FastAPI):
             except Problem as problem:
                 answer = _answer(problem.document(), problem.headers)
                 return await answer(scope, receive, send)
-        return await super().__call__(scope, receive, send)
+        return await self._whole(scope, receive, send)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Has a request answered, though the server drops what outlasts its end."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, sending)
+        except asyncio.CancelledError:
+            if begun or scope["type"] != "http":
+                raise
+            problem = NotReady("The service is shutting down.")
+            await _answer(problem.document(), problem.headers)(scope, receive, send)
 
 
 def _lifespan(
@@ -189,8 +207,12 @@ async def _invalid(_request: Request, invalid: RequestValidationError) -> Respon
         return _answer(
             BadRequest(f"Expected a JSON body; got text that is not: {reason}.").document()
         )
-    fields = [_field_error(error) for error in invalid.errors()]
+    fields = [_field_error(error) for error in invalid.errors()[:MOST_TOLD]]
     return _answer(BadInput(" ".join(map(str, fields)), *fields).document())
+
+
+MOST_TOLD = 20
+"""Of what is wrong with one request."""
 
 
 def _field_error(error: dict[str, Any]) -> FieldError:

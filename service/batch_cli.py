@@ -14,7 +14,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from service import client, errors, offline
 from service.client import Batch, Client
@@ -173,7 +173,16 @@ def _service(address: str) -> Generator[Client]:
 
 
 def _table(batches: Iterable[Batch]) -> Table:
-    table = Table("id", "state", "operation", "model", "items", "failed", "created", "problem")
+    table = Table(
+        Column("id", no_wrap=True, min_width=32),
+        "state",
+        "operation",
+        "model",
+        "items",
+        "failed",
+        "created",
+        "problem",
+    )
     for each in batches:
         table.add_row(
             each.id,

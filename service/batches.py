@@ -170,7 +170,7 @@ class Batches:
         self._store, self._database = store, database
         self._max_request, self._max_batch = max_request, max_batch
         self._quota, self._keep = quota, keep
-        self._stray: set[str] = set()
+        self._stray: dict[str, float] = {}
         """Files that the last sweep found to be of no batch, perhaps of one just begun."""
 
     @cached_property
@@ -333,7 +333,7 @@ class Batches:
             await asyncio.sleep(SWEEPING)
             try:
                 await self.sweep()
-            except (Problem, OSError):
+            except Exception:
                 log.warning("Old batches could not be forgotten.", exc_info=True)
 
     async def sweep(self) -> None:
@@ -348,9 +348,11 @@ class Batches:
             await self.delete(status.workflow_id)
         names = await asyncio.to_thread(self._store.names)
         stray = {name for name in names if ID.fullmatch(name) and not await self._known(name)}
-        for name in stray & self._stray:
-            await asyncio.to_thread(self._store.remove, name)
-        self._stray = stray
+        now = time.monotonic()
+        self._stray = {name: self._stray.get(name, now) for name in stray}
+        for name, since in self._stray.items():
+            if since < now - 3600 * UPLOADING:  # until then somebody may be placing its files
+                await asyncio.to_thread(self._store.remove, name)
         await asyncio.to_thread(self._store.forget_begun, hours=UPLOADING)
 
     async def _known(self, name: str) -> WorkflowStatus | None:

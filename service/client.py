@@ -244,7 +244,12 @@ def _good(answer: httpx.Response) -> httpx.Response:
 
 BATCHES = "/v1/batches"
 TIMES = ("created_at", "started_at", "finished_at", "expires_at")
-AGAIN = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
+AGAIN = {
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,  # what stands before the service says so when a process of it has died
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
 PAUSE = 0.25
 """Seconds, doubled at every try."""
 LONGEST = 60.0

@@ -8,6 +8,7 @@ as NPY): they are decoded when it is worked on, so that a bad one fails alone.
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -34,7 +35,16 @@ PARTS = ("image", "mask", "truth")
 PLURALS = {"images": "image", "masks": "mask", "truths": "truth", "ids": "id", "custom_id": "id"}
 SKIPPED = {"json", "txt", "cls"}
 """What WebDatasets have beside pictures."""
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, tarfile.TarError, gzip.BadGzipFile, OSError)
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    OSError,
+    RuntimeError,  # of an archive with a password, or compressed in a way that is not known
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,11 @@ def _npz(path: Path) -> Iterator[Item]:
             row = dict(zip(columns, values, strict=True))
             name = row.pop("id", None)
             parts: dict[str, Any] = {part: _as_npy(value) for part, value in row.items()}
-            yield Item(name=None if name is None else str(name[()]), **parts)
+            yield Item(name=None if name is None else _text(name[()]), **parts)
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _column(name: str) -> str | None:
@@ -159,8 +173,8 @@ class _Rows:
         self.length: int = shape[0]
         self._shape, self._dtype, self._file = shape[1:], dtype, file
         self._bytes = dtype.itemsize * int(np.prod(self._shape, dtype=object))
-        if self._bytes > MAX_ITEM:
-            raise BadInput.of("body", f"at most {MAX_ITEM} bytes a row", f"{self._bytes}")
+        if not 0 < self._bytes <= MAX_ITEM:
+            raise BadInput.of("body", f"1 to {MAX_ITEM} bytes a row", f"{name} of shape {shape}")
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for _ in range(self.length):
@@ -223,7 +237,7 @@ def _gathered(stem: str, members: dict[str, Any], content: Callable[[Any], bytes
         return replace(item, **{part: content(member) for part, member in members.items()})
     except Problem as problem:
         return replace(item, problem=problem.document())
-    except (*DAMAGED, NotImplementedError, RuntimeError) as error:  # methods, passwords
+    except DAMAGED as error:
         damage = BadInput.of(
             "image", "a file that can be read", f"{type(error).__name__}: {error}"
         )
@@ -283,14 +297,15 @@ def _parquet(path: Path) -> Iterator[Item]:
             found = ", ".join(names) or "none"
             raise BadInput.of("body", "a column named image", found[:200])
         wanted = [name for name, column in names.items() if column]
-        for batch in file.iter_batches(batch_size=64, columns=wanted):
+        # one row at a time: a few bytes may be a dictionary's one large value, many times over
+        for batch in file.iter_batches(batch_size=1, columns=wanted):
             for row in batch.to_pylist():
                 yield _row({cast("str", names[name]): value for name, value in row.items()})
 
 
 def _row(row: dict[str, Any]) -> Item:
     name = row.pop("id", None)
-    item = Item(name=None if name is None else str(name))
+    item = Item(name=None if name is None else _text(name))
     try:
         if row.get("image") is None:
             raise BadInput.of("image", "a picture", "null")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import CARD, Card, Checkpoint, CheckpointError
+from model.checkpoint import CARD, WEIGHTS, Card, Checkpoint, CheckpointError
 from model.imputation import impute
 from model.latent import LatentVariableModel
 from model.likelihood import BLOCK, score
@@ -51,8 +51,8 @@ class Model:
         return sum(weight.nbytes for weight in self.network.state_dict().values())
 
 
-Version = tuple[int, int, int]
-"""Of a card's file: what tells it from another that took its place."""
+Version = tuple[tuple[int, int, int] | None, ...]
+"""Of a card's file and its weights': what tells them from others that took their place."""
 
 
 class Models:
@@ -168,11 +168,16 @@ class Models:
         """None where there is no such folder: a name is no path, and with a dot it is not done."""
         if name.startswith(".") or Path(name).parts != (name,):
             return None
-        try:
-            at = (self._folder / name / CARD).stat()
-        except (OSError, ValueError):
-            return None
-        return at.st_mtime_ns, at.st_ino, at.st_size
+        card, weights = (_stamp(self._folder / name / file) for file in (CARD, WEIGHTS))
+        return card and (card, weights)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        at = file.stat()
+    except (OSError, ValueError):
+        return None
+    return at.st_mtime_ns, at.st_ino, at.st_size
 
 
 def _warm(network: LatentVariableModel) -> None:

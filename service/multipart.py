@@ -64,7 +64,13 @@ async def _request(form: FormData) -> dict[str, Any]:
             continue
         if not isinstance(value, str):
             raise BadInput.of(name, "text", "a file")
-        fields[name] = _value(name, value)
+        read = _value(name, value)
+        if isinstance(read, list):  # a list may come in parts
+            fields.setdefault(name, []).extend(read)
+        elif name in fields:
+            raise BadInput.of(name, "one value", "several")
+        else:
+            fields[name] = read
     return fields
 
 

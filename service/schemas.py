@@ -138,11 +138,9 @@ class ImputeOptions(Strict):
     tolerance: Tolerance = None
     quality: Quality = "auto"
     seed: Seed = None
-    outputs: list[Literal["mean", "draws", "std", "median", "quantiles"]] = [
-        "mean",
-        "draws",
-        "std",
-    ]
+    outputs: Annotated[
+        list[Literal["mean", "draws", "std", "median", "quantiles"]], Field(max_length=5)
+    ] = ["mean", "draws", "std"]
     levels: Annotated[
         list[Annotated[float, Field(gt=0, lt=1)]],
         Field(min_length=1, max_length=MAX_LEVELS, description="Of the quantiles."),

@@ -40,7 +40,10 @@ class Store:
 
     def size(self, name: str = "") -> int:
         """Bytes of a file, or of all below a name."""
-        return int(self._files.du(self.address(name), total=True)) if self.exists(name) else 0
+        found: dict[str, dict[str, Any]] = self._files.find(self.address(name), detail=True)
+        return sum(
+            int(file["size"]) for file in found.values()
+        )  # as listed: some may go meanwhile
 
     def names(self, name: str = "") -> list[str]:
         """What there is below a name, one level deep."""

@@ -1034,7 +1034,23 @@ def test_the_service_has_a_limit_of_time_of_its_own(folder: Path):
     _is_problem(late, 504)
 
 
-@pytest.mark.parametrize("sent", ["0", "-5", "1.5", "soon", ""])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"outputs": [0] * 1000},
+        {"outputs": ["mean"] * 6},
+        {f"field {number}": 0 for number in range(1000)},
+    ],
+)
+def test_of_much_that_is_wrong_some_is_told(client: httpx.Client, wrong: dict[str, Any]):
+    """The answer does not grow with what was sent."""
+    answer = client.post("/v1/impute", json={"images": [ITEM], **wrong})
+
+    _is_problem(answer, 422)
+    assert 1 <= len(answer.json()["errors"]) <= 20
+
+
+@pytest.mark.parametrize("sent", ["0", "-5", "1.5", "soon", "", "9" * 400])
 def test_a_time_that_is_none_is_refused(client: httpx.Client, sent: str):
     """The header is named."""
     answer = client.post("/v1/impute", json={"images": [ITEM]}, headers={"X-Timeout-Ms": sent})

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -227,25 +227,45 @@ def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Pop
             process.kill()
 
 
+def _worked_on(url: str, pool: ThreadPoolExecutor, **large: Any) -> Future[httpx.Response]:
+    """A request that is being worked on, of a service that takes one at a time."""
+
+    def until_admitted() -> httpx.Response:
+        while True:
+            body = {**large, "particles": 100_000}
+            answer = httpx.post(f"{url}/v1/impute", json=body, timeout=60)
+            if answer.status_code != 429:
+                return answer
+
+    answer = pool.submit(until_admitted)
+    small = {"images": [IMAGE], "particles": 1}
+    while httpx.post(f"{url}/v1/impute", json=small, timeout=60).status_code != 429:
+        assert not answer.done(), answer.result().text
+    return answer
+
+
+def test_what_outlasts_the_end_of_a_process_is_answered(folder: Path):
+    """A request for which there is no time left is 503, which a client sends again elsewhere."""
+    limits = {"MISS_IWEM_DRAIN": "0.1", "MISS_IWEM_MAX_REQUEST": "100000000"}
+    with _process(folder, MISS_IWEM_MAX_WAITING="1", **limits) as (process, url):
+        with ThreadPoolExecutor(1) as pool:
+            answer = _worked_on(url, pool, images=[IMAGE] * 64)
+            process.send_signal(signal.SIGTERM)
+            refusal = answer.result(60)
+
+        assert refusal.status_code == 503
+        assert refusal.json()["detail"] == "The service is shutting down."
+        assert int(refusal.headers["Retry-After"]) > 0
+
+
 def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
     """After SIGTERM a request that was being worked on is answered, and the exit code is 0.
 
     What was refused meanwhile has no lines of its own in the log, which tells their number.
     """
     with _process(folder, MISS_IWEM_MAX_WAITING="1") as (process, url):
-        large = {"images": [IMAGE], "particles": 100_000}
-
-        def until_admitted() -> httpx.Response:
-            while True:
-                answer = httpx.post(f"{url}/v1/impute", json=large, timeout=60)
-                if answer.status_code != 429:
-                    return answer
-
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(until_admitted)
-            small = {"images": [IMAGE], "particles": 1}
-            while httpx.post(f"{url}/v1/impute", json=small, timeout=60).status_code != 429:
-                assert not answer.done()
+            answer = _worked_on(url, pool, images=[IMAGE])
             process.send_signal(signal.SIGTERM)
             (result,) = answer.result(60).json()["results"]
         said, accesses = process.stderr, process.stdout

@@ -341,6 +341,7 @@ def test_what_ended_long_ago_is_forgotten(
 ):
     """A batch goes with its results when its time has passed, and so do files of none."""
     monkeypatch.setattr(batches, "SWEEPING", 0.05)
+    monkeypatch.setattr(batches, "UPLOADING", 0.0)
     with _service(models, folder, results_ttl=1e-9) as client:
         (folder / ("a" * 32)).mkdir()
         (folder / ("a" * 32) / "upload").write_bytes(b"left by a process that was killed")
@@ -349,6 +350,30 @@ def test_what_ended_long_ago_is_forgotten(
 
         while client.get(f"/v1/batches/{batch['id']}").status_code != 404 or _files(folder):
             threading.Event().wait(0.05)
+
+
+def test_files_of_a_batch_to_come_stay(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What nobody knows yet may be on its way, and whatever fails the looks go on."""
+    sweep, looks = batches.Batches.sweep, threading.Semaphore(0)
+    failures: list[Exception] = [ConnectionError("none of OSError's"), RuntimeError("any")]
+
+    async def counted(self: batches.Batches) -> None:
+        if failures:
+            raise failures.pop()
+        await sweep(self)
+        looks.release()
+
+    monkeypatch.setattr(batches, "SWEEPING", 0.01)
+    monkeypatch.setattr(batches.Batches, "sweep", counted)
+    with _service(models, folder):
+        (folder / ("a" * 32)).mkdir()
+        (folder / ("a" * 32) / "upload").write_bytes(b"half of it")
+        for _ in range(4):
+            looks.acquire()
+
+        assert _files(folder) == {f"{'a' * 32}/upload"}
 
 
 def test_a_batch_keeps_its_model(models: Path, folder: Path):

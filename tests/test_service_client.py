@@ -70,6 +70,11 @@ def _busy(answer: httpx.Response) -> httpx.Response:
     return httpx.Response(503, headers={"Retry-After": "1"})
 
 
+def _without_service(answer: httpx.Response) -> httpx.Response:
+    answer.close()
+    return httpx.Response(502)
+
+
 class _Cut(httpx.SyncByteStream):
     """The first bytes of an answer, and then no more."""
 
@@ -147,12 +152,12 @@ def test_a_refusal_names_the_field(address: str, file: Path):
 
 def test_a_batch_is_handed_in_once_over_connections_that_break(address: str, file: Path):
     """Where an answer is lost or the service busy, it is sent again whole with the same key."""
-    transport = Faulty(_lost, _busy, _lost)
+    transport = Faulty(_lost, _busy, _without_service, _lost)
     with Client(address, transport=transport) as service:
         batch = service.submit(file, **ASKED)
 
         assert [each.id for each in service.states()] == [batch.id]
-        assert len({sent.headers["Idempotency-Key"] for sent in transport.requests[:4]}) == 1
+        assert len({sent.headers["Idempotency-Key"] for sent in transport.requests[:5]}) == 1
         assert batch.bytes == file.stat().st_size
         *_, _ended = service.watch(batch.id, every=0.02)
 

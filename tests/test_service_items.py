@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.lib import format as npy_format
 
 from service import items
 from service.errors import BadInput, Problem, UnknownFormat
@@ -235,8 +236,59 @@ def test_rows_that_are_too_large_are_refused(tmp_path: Path, monkeypatch: pytest
     """An array's rows are as limited as files are."""
     monkeypatch.setattr(items, "MAX_ITEM", 100)
 
-    with pytest.raises(BadInput, match="at most 100 bytes a row; got 240"):
+    with pytest.raises(BadInput, match=r"1 to 100 bytes a row; got images of shape \(2, 6, 5\)"):
         _read(tmp_path / "file", npy(np.zeros((2, 6, 5))))
+
+
+@pytest.mark.parametrize("shape", [(4, -6, 5), (10**12, 0, 5)])
+def test_rows_of_no_bytes_are_refused(shape: tuple[int, ...], tmp_path: Path):
+    """A header with a count below one neither has all of the file read at once nor never ends."""
+    out = io.BytesIO()
+    npy_format.write_array_header_1_0(
+        out, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+
+    with pytest.raises(BadInput, match=r"1 to \d+ bytes a row"):
+        _read(tmp_path / "file", out.getvalue() + bytes(1000))
+
+
+def test_of_a_table_one_row_is_held_at_a_time(tmp_path: Path):
+    """A small file in which one large value stands for many rows does not fill the memory."""
+    large = pa.array([bytes(2**20)]).dictionary_encode().take(pa.array([0] * 64))
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": large}), out, compression="zstd")
+    (tmp_path / "file").write_bytes(out.getvalue())
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        count = sum(1 for _ in read_items(tmp_path / "file"))
+    finally:
+        pa.set_memory_pool(before)
+
+    assert len(out.getvalue()) < 10_000
+    assert count == 64
+    assert 2**20 < (pool.max_memory() or 0) < 16 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+def test_ids_may_be_bytes(kind: str, tmp_path: Path):
+    """They are the text that they encode, and not what Python shows of them."""
+    content = {
+        "npz": lambda: _npz(images=np.zeros((2, 6, 5), np.uint8), ids=np.array([b"a", b"b"])),
+        "parquet": lambda: _parquet(image=[picture(LEVELS[0])] * 2, id=[b"a", b"b"]),
+    }[kind]()
+
+    assert [item.name for item in _read(tmp_path / "file", content)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("place", "value"), [(6, 1), (8, 9)], ids=["password", "method"])
+def test_an_archive_that_cannot_be_opened_is_damaged(place: int, value: int, tmp_path: Path):
+    """One with a password, or compressed in a way of which nobody here knows, is no fault."""
+    content = bytearray(_npz(images=np.zeros((2, 6, 5))))
+    content[place] = content[content.index(b"PK\1\2") + place + 2] = value
+
+    with pytest.raises(BadInput, match="a whole file"):
+        _read(tmp_path / "file", bytes(content))
 
 
 def test_a_damaged_member_fails_alone(tmp_path: Path):

@@ -112,6 +112,20 @@ def test_a_model_that_is_replaced_is_read_again(tmp_path: Path):
     assert models.get("tiny") is new
 
 
+def test_a_model_whose_card_comes_before_its_weights_is_read_when_it_is_whole(tmp_path: Path):
+    """As `cp -r` may copy it: what was refused half way is tried again when there is more."""
+    write_checkpoint(tmp_path)
+    models = _models(tmp_path)
+    late, whole = tmp_path / "late", tmp_path / "tiny"
+    late.mkdir()
+    for name in ("card.json", "weights.safetensors"):
+        assert "late" not in models.cards()
+        shutil.copy(whole / name, late / name)
+
+    assert models.get("late").card == models.get("tiny").card
+    assert "late" in models.cards()
+
+
 def _weights(folder: Path) -> None:
     (folder / "weights.safetensors").write_bytes(b"none")
     (folder / "card.json").touch()

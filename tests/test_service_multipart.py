@@ -75,11 +75,13 @@ def test_files_are_items(files: Any, images: list[dict[str, bytes]]):
         ({"particles": "-10", "seed": "0"}, {"particles": -10, "seed": 0}),
         ({"outputs": "mean, std"}, {"outputs": ["mean", "std"]}),
         ({"outputs": "draws"}, {"outputs": ["draws"]}),
+        ({"outputs": ["draws", "mean, std"]}, {"outputs": ["draws", "mean", "std"]}),
+        ({"levels": ["0.1", "0.9"]}, {"levels": [0.1, 0.9]}),
         ({"model": "a", "encoding": "npy"}, {"model": "a", "encoding": "npy"}),
         ({"unknown": "7"}, {"unknown": "7"}),
     ],
 )
-def test_fields_have_the_types_of_their_names(fields: dict[str, str], expected: dict[str, Any]):
+def test_fields_have_the_types_of_their_names(fields: dict[str, Any], expected: dict[str, Any]):
     """Numbers are numbers, outputs a list, and everything else is left to the schema."""
     body = _sent(files={"image": A}, data=fields).json()
 
@@ -97,6 +99,7 @@ def test_fields_have_the_types_of_their_names(fields: dict[str, str], expected: 
         ({"image": A}, {"seed": "1e3"}, "seed"),
         ({"image": A}, {"seed": ""}, "seed"),
         ({"image": A}, {"seed": "9" * 5000}, "seed"),
+        ({"image": A}, {"seed": ["1", "2"]}, "seed"),
     ],
 )
 def test_a_form_that_stands_for_nothing_is_a_problem(files: Any, data: Any, field: str):

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from service.store import Store
 
@@ -38,6 +40,25 @@ def test_what_was_written_can_be_read(store: Store):
     assert store.size() == 11
     assert store.names("a") == ["b", "d"]
     assert store.exists("a/b/c")
+
+
+def test_what_goes_while_it_is_measured_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Others write and remove there too, a database's journal among it."""
+    store = Store(str(tmp_path))
+    _write(store, "a", b"first")
+    _write(store, "b", b"second")
+    info = LocalFileSystem.info
+
+    def gone(self: LocalFileSystem, path: Any, **options: Any) -> dict[str, Any]:
+        if str(getattr(path, "path", path)).endswith("/b"):
+            raise FileNotFoundError(path)
+        return info(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "info", gone)
+
+    assert store.size() == 5
 
 
 def test_what_is_not_there_is_empty(store: Store):
