@@ -341,14 +341,16 @@ def test_what_ended_long_ago_is_forgotten(
 ):
     """A batch goes with its results when its time has passed, and so do files of none."""
     monkeypatch.setattr(batches, "SWEEPING", 0.05)
-    monkeypatch.setattr(batches, "UPLOADING", 0.0)
     with _service(models, folder, results_ttl=1e-9) as client:
         (folder / ("a" * 32)).mkdir()
         (folder / ("a" * 32) / "upload").write_bytes(b"left by a process that was killed")
-
         batch = _submit(client, _npz(images=IMAGES[:1], masks=None, truths=None))
+        while client.get(f"/v1/batches/{batch['id']}").status_code != 404:
+            threading.Event().wait(0.05)
 
-        while client.get(f"/v1/batches/{batch['id']}").status_code != 404 or _files(folder):
+        monkeypatch.setattr(batches, "UPLOADING", 0.0)  # nobody places files any more
+
+        while _files(folder):
             threading.Event().wait(0.05)
 
 
