@@ -1,6 +1,7 @@
 """The routes: validate by type, hand jobs to the engine, return."""
 
 import asyncio
+import json
 import math
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 
 from service import codec, schemas
@@ -93,8 +94,8 @@ class Visit:
 
     request: Request
     here: State
-    seconds: float
-    """That it gets."""
+    until: float
+    """When its answer is too late; of time.monotonic()."""
     clock: Clock = field(default_factory=Clock)
 
     async def model(self, name: str | None) -> Model:
@@ -122,7 +123,8 @@ class Visit:
 
         Nothing else does this: a handler goes on when its client has gone.
         """
-        work = asyncio.ensure_future(self.here["engine"].submit(jobs, seconds=self.seconds))
+        seconds = self.until - time.monotonic()
+        work = asyncio.ensure_future(self.here["engine"].submit(jobs, seconds=seconds))
         left = asyncio.ensure_future(_disconnected(self.request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +145,7 @@ LITTLE = 2**14
 async def _visit(request: Request, limit: TimeoutMs = None) -> Visit:
     here = cast("State", request.state)
     asked = math.inf if limit is None else limit / 1000
-    return Visit(request, here, min(asked, here["timeout"]))
+    return Visit(request, here, time.monotonic() + min(asked, here["timeout"]))
 
 
 async def _disconnected(request: Request) -> None:
@@ -355,8 +357,14 @@ def _imputed(
     done: list[Imputation],
 ) -> Response:
     told = results(operation, [item.id for item in items], pictures, done)
-    answer = schemas.ImputeResponse(model=operation.model.name, results=told)
-    return JSONResponse(answer.model_dump())
+    # one by one: a large answer in one piece would keep Python's lock, and all wait, for seconds
+    lines = (_json(result.model_dump()) for result in told)
+    text = f'{{"model":{_json(operation.model.name)},"results":[{",".join(lines)}]}}'
+    return Response(text, media_type="application/json")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _picture(

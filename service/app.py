@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import reprlib
 import signal
 import threading
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import api, batch_api, codec, schemas
 from service.batches import Batches
-from service.engine import Engine
+from service.engine import LOST, Engine
 from service.errors import (
     MEDIA_TYPE,
     BadInput,
@@ -37,17 +38,21 @@ from service.errors import (
 )
 from service.models import Models
 from service.settings import Settings
-from service.store import Store
+from service.store import Store, Unreachable
 from service.worker import Worker
 
 __all__ = ["create_app", "working"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 CLIENT_CLOSED_REQUEST = 499
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; nothing is opened before it starts."""
+    """The application; nothing is opened before it starts.
+
+    Its `state.status` is the status that the process is to end with.
+    """
     app = _Application(
         title="miss-IWEM",
         summary="Several honest completions, with a likelihood, for images with missing pixels.",
@@ -55,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan(settings),
         responses={422: {"model": schemas.ProblemDocument}},
     )
+    app.state.status = 0
     app.add_middleware(ProblemDocuments, max_body=settings.max_body)
     app.exception_handler(Problem)(_problem)
     app.exception_handler(RequestValidationError)(_invalid)
@@ -109,9 +115,13 @@ def _lifespan(
     settings: Settings,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[api.State]]:
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncGenerator[api.State]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[api.State]:
+        def failed() -> None:
+            app.state.status = 1  # who watches over this process begins another
+            os.kill(os.getpid(), signal.SIGTERM)
+
         models = Models(settings.checkpoints, device=settings.device, memory=settings.max_models)
-        engine = _engine(settings)
+        engine = _engine(settings, on_lost=failed)
         engine.start()
         try:
             await asyncio.to_thread(models.start, settings.model)
@@ -135,11 +145,12 @@ def _lifespan(
     return lifespan
 
 
-def _engine(settings: Settings) -> Engine:
+def _engine(settings: Settings, *, on_lost: Callable[[], None]) -> Engine:
     return Engine(
         threads=settings.threads,
         max_request=settings.max_request,
         max_waiting=settings.max_waiting,
+        on_lost=on_lost,
     )
 
 
@@ -148,23 +159,27 @@ def working(settings: Settings) -> None:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    engine = _engine(settings)
-    store, database = Store(settings.batches), settings.database_address
+    engine = _engine(settings, on_lost=ended.set)
+    store, database = _begun(lambda: Store(settings.batches)), settings.database_address
     worker = Worker(store, database, engine, device=settings.device)
     engine.start()
-    _with_database(worker.start)
+    _begun(worker.start)
     log.warning("Working on the batches of %s.", settings.batches)
     ended.wait()
     worker.stop()
     engine.stop(seconds=settings.drain)
+    if engine.lost:
+        raise SystemExit(LOST)
 
 
-def _with_database(begin: Callable[[], None]) -> None:
-    """Begins what needs the database, which says what it is that cannot be reached."""
+def _begun(begin: Callable[[], T]) -> T:
+    """Begins what needs a database, or a place for files, and says which cannot be reached."""
     try:
-        begin()
+        return begin()
     except DBAPIError as error:
         raise SystemExit(f"Expected a database; got: {error.orig}") from None
+    except (OSError, Unreachable) as error:
+        raise SystemExit(f"Expected a place for batches; got: {error}") from None
 
 
 @asynccontextmanager
@@ -173,7 +188,7 @@ async def _batches(settings: Settings, engine: Engine) -> AsyncGenerator[Batches
     if not settings.batches:
         yield None
         return
-    store, database = Store(settings.batches), settings.database_address
+    store, database = _begun(lambda: Store(settings.batches)), settings.database_address
     batches = Batches(
         store,
         database,
@@ -183,7 +198,7 @@ async def _batches(settings: Settings, engine: Engine) -> AsyncGenerator[Batches
         keep=HOUR * settings.results_ttl,
     )
     worker = Worker(store, database, engine, device=settings.device)
-    await asyncio.to_thread(_with_database, worker.start if settings.work else worker.prepare)
+    await asyncio.to_thread(_begun, worker.start if settings.work else worker.prepare)
     sweeping = asyncio.create_task(batches.keep_clean())
     try:
         yield batches

@@ -38,7 +38,7 @@ from service.items import read_items
 from service.models import Model
 from service.operations import OPERATIONS, Operation, a_seed, read
 from service.results import FORMATS, Format
-from service.store import Store
+from service.store import Store, Unreachable
 
 __all__ = [
     "APPLICATION",
@@ -202,7 +202,7 @@ class Batches:
             UnknownFormat: A file that is none of those that can be read.
             TooLarge: More bytes than a batch may have, or more work than an item may.
             Full: No room.
-            NotReady: The database cannot be reached.
+            NotReady: The database, or where the files are, cannot be reached.
         """
         options_of(asked)  # what cannot be done need not come
         with self._store.begun() as path:
@@ -221,12 +221,12 @@ class Batches:
                 fingerprint=fingerprint,
                 max_request=self._max_request,
             )
-            await asyncio.to_thread(self._keep_files, spec, path, model)
+            await self._ask(lambda: self._keep_files(spec, path, model))
         return await self._begin(spec)
 
     async def _receive(self, body: AsyncIterator[bytes], path: Path) -> str:
         """Writes what comes to the disk as it comes; the SHA-256 of all."""
-        used = await asyncio.to_thread(self._store.size)
+        used = await self._ask(self._store.size)
         size, digest = 0, hashlib.sha256()
         try:
             with path.open("wb") as file:
@@ -262,7 +262,7 @@ class Batches:
         )
         status = await self._status(spec.id)
         if _spec(status).fingerprint != spec.fingerprint:
-            await asyncio.to_thread(self._store.remove, spec.work)
+            await self._ask(lambda: self._store.remove(spec.work))
         return await self._same(status, spec.fingerprint)
 
     async def _same(self, status: WorkflowStatus, fingerprint: str) -> schemas.Batch:
@@ -309,7 +309,7 @@ class Batches:
         batch = await self.get(name)
         if batch.finished_at is None:
             raise Conflict(f"Expected a batch that has ended; got one that is {batch.state}.")
-        await asyncio.to_thread(self._store.remove, name)
+        await self._ask(lambda: self._store.remove(name))
         await self._ask(lambda: self._client.delete_workflow(name, delete_children=True))
 
     async def file(self, name: str, *, errors: bool) -> Download:
@@ -409,6 +409,8 @@ class Batches:
             return await asyncio.to_thread(question)
         except DBAPIError as error:
             raise NotReady("The batches' database cannot be reached.") from error
+        except Unreachable as error:
+            raise NotReady("The place of the batches' files cannot be reached.") from error
 
 
 def options_of(asked: schemas.BatchQuery) -> Any:

@@ -49,11 +49,12 @@ def serve(
     settings = read_settings(
         http_host=host, http_port=port, checkpoints=checkpoints, device=device, threads=threads
     )
+    served = create_app(settings)
     # uvicorn drains on SIGTERM, and then raises it again
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(served.state.status))
     logging.getLogger("uvicorn.access").addFilter(_is_told)
     uvicorn.run(
-        create_app(settings),
+        served,
         host=settings.http_host,
         port=settings.http_port,
         timeout_graceful_shutdown=math.ceil(settings.drain),

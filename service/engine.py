@@ -6,7 +6,8 @@ are alike and wait at the same time are worked on together, where each has the s
 Work in the background is done where there is nothing else to do, a stage at a time.
 Admission is bounded by particles that wait, and refuses beyond; what was cancelled or comes too
 late is dropped at its next stage; an image that fails, fails alone; what the device has no memory
-for is begun again with fewer beside it.
+for is begun again with fewer beside it. A device that fails for good ends all, for another process
+to begin.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ import torch
 from service.errors import Expired, Failed, NotReady, Overloaded, Problem, TooLarge
 from service.work import BLOCK, PREPARATION, Job, Stages
 
-__all__ = ["Answers", "Engine"]
+__all__ = ["LOST", "Answers", "Engine"]
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,9 @@ class Engine:
         threads: int = 1,
         max_request: int = 2_000_000,
         max_waiting: int = 4_000_000,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._threads = threads
+        self._threads, self._on_lost = threads, on_lost
         self._max_request, self._max_waiting = max_request, max_waiting
         self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -180,7 +182,7 @@ class Engine:
         """Whether a request has been refused, and the queue is not shorter since."""
         self._refused, self._told = 0, -math.inf
         """Requests that the log has not told of yet, and when it last did."""
-        self._open = False
+        self._open = self._lost = False
         self._deadline = math.inf
         self._beat = time.monotonic()
         # what only the thread touches
@@ -217,6 +219,11 @@ class Engine:
         """Whether jobs are admitted and the thread has lately come round."""
         idle = self.waiting == 0
         return self._open and self._thread.is_alive() and (idle or self._since_beat() < STUCK)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device has failed, and with it this process."""
+        return self._lost
 
     @property
     def waiting(self) -> int:
@@ -268,7 +275,7 @@ class Engine:
         tasks = [_Task(job, until, background) for job in jobs]
         with self._lock:
             if not self._open:
-                raise NotReady("The service is starting or shutting down.")
+                raise NotReady(LOST if self._lost else "The service is starting or shutting down.")
             waiting = self._waiting[background]
             if waiting and waiting + cost > self._max_waiting:
                 self._full |= not background
@@ -303,8 +310,7 @@ class Engine:
                     self._work()
                 except Exception:
                     log.exception("The engine failed, and with it all that was admitted.")
-                    self._requests, self._background, self._groups = _Queue(), _Queue(), []
-                    self._answer_all(Failed("The engine failed; its log says why."))
+                    self._forget(Failed("The engine failed; its log says why."))
                 if self._idle:
                     with self._lock:
                         self._tell()
@@ -418,7 +424,10 @@ class Engine:
             self._begin_again(group)
         except Exception:
             log.exception("A job failed.")
-            self._give_up(group, Failed("The model failed on this image."))
+            if _device_lost():
+                self._lose()
+            else:
+                self._give_up(group, Failed("The model failed on this image."))
 
     def _step(self, group: _Group, started: float) -> None:
         results: list[Any] | None = None
@@ -453,6 +462,19 @@ class Engine:
                 task.kind = None  # alone it is seen which of them it was
                 self._put_back(task)
         group.tasks = []
+
+    def _lose(self) -> None:
+        """Ends for want of a device: what was admitted is no worse for it, and may come again."""
+        log.critical(LOST)
+        with self._lock:
+            self._open, self._lost = False, True
+        self._forget(NotReady(LOST))
+        self._on_lost()
+
+    def _forget(self, problem: Problem) -> None:
+        """Answers all with this."""
+        self._requests, self._background, self._groups = _Queue(), _Queue(), []
+        self._answer_all(problem)
 
     def _begin_again(self, group: _Group) -> None:
         """Forgets half of what was begun, which has the same answers when it is done later."""
@@ -518,6 +540,16 @@ class Engine:
         return time.monotonic() - self._beat
 
 
+def _device_lost() -> bool:
+    """Whether the GPU does nothing more for this process, as after some errors."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
+
+
 def _keep_memory() -> None:
     """Tells the C library to keep what is freed for the next stage.
 
@@ -532,6 +564,7 @@ def _keep_memory() -> None:
 
 MALLOPT = {-8: 1, -3: 2**25, -1: 2**31 - 1}
 """Of malloc.h: one arena; bytes from which memory is not kept; bytes that may be kept."""
+LOST = "The device has failed, and with it this process: another has to take its place."
 AT_ONCE = 256
 """Images that are begun and not ended; each holds a few arrays of its size."""
 TOGETHER = 16

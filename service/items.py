@@ -29,7 +29,15 @@ __all__ = ["KINDS", "MAX_ITEM", "Item", "read_items", "read_part", "write_part"]
 
 MAX_ITEM = 32 * 2**20
 """Bytes of an image, a mask or a truth."""
-MAX_NAME = 128
+MAX_NAME, MAX_DETAILS = 128, 2**20
+DETAILS = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+"""What a tar has before a member to say more of it."""
 KINDS = ".npz, .npy, .zip, .parquet or WebDataset .tar"
 PARTS = ("image", "mask", "truth")
 PLURALS = {"images": "image", "masks": "mask", "truths": "truth", "ids": "id", "custom_id": "id"}
@@ -246,9 +254,10 @@ def _gathered(stem: str, members: dict[str, Any], content: Callable[[Any], bytes
 
 def _tar(path: Path) -> Iterator[Item]:
     """A WebDataset: what has the same name before its first dot is one item."""
-    with tarfile.open(path, "r|*") as archive:
+    with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
         stem, members = "", cast("dict[str, bytes | Problem]", {})
-        for member in archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (all, in the end)
             if not member.isfile() or _hidden(member.name):
                 continue
             next_stem, part = _key(member.name)
@@ -260,6 +269,16 @@ def _tar(path: Path) -> Iterator[Item]:
                 members[part] = _content(member, archive)
         if members:
             yield _gathered(stem, members, _told)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose name and other details are not longer than such things are."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """What Python's comments say is to be overridden; it reads such details as a whole."""
+        if self.type in DETAILS and self.size > MAX_DETAILS:
+            raise tarfile.ReadError(f"{self.size} bytes of details of one member")
+        return super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _key(name: str) -> tuple[str, str | None]:

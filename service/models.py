@@ -165,17 +165,24 @@ class Models:
         return sorted(card.parent.name for card in self._folder.glob(f"[!.]*/{CARD}"))
 
     def _version(self, name: str) -> Version | None:
-        """None where there is no such folder: a name is no path, and with a dot it is not done."""
+        """None where there is no such folder: a name is no path, and with a dot it is not done.
+
+        Where the folder cannot be read for a while, a model is what it last was.
+        """
         if name.startswith(".") or Path(name).parts != (name,):
             return None
-        card, weights = (_stamp(self._folder / name / file) for file in (CARD, WEIGHTS))
+        try:
+            card, weights = (_stamp(self._folder / name / file) for file in (CARD, WEIGHTS))
+        except OSError:
+            known, _ = self._read.get(name, (None, None))
+            return known
         return card and (card, weights)
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
     try:
         at = file.stat()
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return at.st_mtime_ns, at.st_ino, at.st_size
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -81,6 +82,7 @@ class Task:
             threads=self.threads,
             max_request=self.settings.max_request,
             max_waiting=self.settings.max_waiting,
+            on_lost=lambda: os.kill(os.getpid(), signal.SIGTERM),  # what is done stays
         )
         engine.start()
         try:

@@ -1,9 +1,9 @@
 """The wire: what requests may hold and what answers hold."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.example import IMAGE, MASK
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MAX_IMAGES, MAX_DRAWS, MAX_PARTICLES, MAX_SAMPLES, MAX_SEED = 256, 100, 1_000_000, 256, 2**53 - 1
-MAX_LEVELS = 9
+MAX_LEVELS, MOST_FIELDS = 9, 64
 
 
 def _text_or_lists(value: Any) -> str | list[Any]:
@@ -108,9 +108,16 @@ Seed = Annotated[
 
 
 class Strict(BaseModel):
-    """A request, in which an unknown field is an error."""
+    """A request, in which an unknown field is an error, and a thousand of them are one."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, told: Any) -> Any:
+        if isinstance(told, dict) and len(cast("dict[str, Any]", told)) > MOST_FIELDS:
+            raise PydanticCustomError("fields", "at most {most} fields", {"most": MOST_FIELDS})
+        return cast("Any", told)
 
 
 class Item(Strict):

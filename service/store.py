@@ -17,7 +17,12 @@ from typing import IO, Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-__all__ = ["Store"]
+try:
+    from botocore.exceptions import BotoCoreError as Unreachable  # a bucket's, and no OSError
+except ImportError:  # buckets are an option
+    Unreachable = ConnectionError
+
+__all__ = ["Store", "Unreachable"]
 
 
 class Store:

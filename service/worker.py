@@ -15,7 +15,8 @@ import socket
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -29,7 +30,7 @@ from service.errors import Failed
 from service.heartbeats import Heartbeats
 from service.models import Model
 from service.parts import PARTS_AT_ONCE, Parts
-from service.store import Store
+from service.store import Store, Unreachable
 
 __all__ = ["Worker", "unresolved"]
 
@@ -86,7 +87,7 @@ class Worker:
         async def chunk(told: dict[str, Any], number: int, first: int) -> dict[str, Any]:
             return await self._step(Spec(**told), CHUNK, self._chunk, number, first)
 
-        # killed a hundred times is not too often
+        # killed a hundred times is not too often, where it is gone on with
         DBOS.workflow(name=BATCH, max_recovery_attempts=None)(batch)
         DBOS.workflow(name=CHUNK, max_recovery_attempts=None)(chunk)
         DBOS.launch()
@@ -163,7 +164,7 @@ class Worker:
                     done = await work(spec, *arguments)
                 except FileNotFoundError as error:
                     raise Failed(f"The batch's files are gone: {error}.") from error
-                except OSError as error:
+                except (OSError, Unreachable) as error:
                     log.warning("Batch %s, %s: %s", spec.id, name, error)
                     await _tell(spec.id, f"It is tried again: {name} failed ({error}).")
                     await asyncio.sleep(pause)
@@ -179,10 +180,31 @@ class Worker:
         """Writes the items in parts, and says how many each has."""
 
         def work() -> list[int]:
-            with self._store.here(spec.upload) as path:
+            with self._store.here(spec.upload) as path, self._attempt(spec):
                 return self._parts(spec).split(path)
 
         return {"sizes": await asyncio.to_thread(work), "at": time.time()}
+
+    @contextmanager
+    def _attempt(self, spec: Spec) -> Generator[None]:
+        """What a file makes of a process is not tried for ever: it may take all memory there is.
+
+        Raises:
+            Failed: So many processes have not come to the end of it.
+        """
+        place = f"{spec.work}/attempts"
+        if len(self._store.names(place)) >= MOST_ATTEMPTS:
+            raise Failed(
+                f"The file could not be gone through: {MOST_ATTEMPTS} times the process ended, "
+                "perhaps for want of memory."
+            )
+        mine = f"{place}/{uuid.uuid4().hex}"
+        with self._store.writing(mine) as path:
+            path.touch()
+        try:
+            yield
+        finally:
+            self._store.remove(mine)
 
     async def _chunk(self, spec: Spec, number: int, first: int) -> dict[str, Any]:
         """Works on a part, and says how many of its items have results."""
@@ -272,6 +294,8 @@ BATCHES_AT_ONCE = 16
 """Of a worker, most of which wait for their chunks."""
 CONNECTIONS = 5
 """To the database, of a worker."""
+MOST_ATTEMPTS = 10
+"""To go through a file."""
 WINDOW = 256
 """Chunks of a batch that wait or are worked on; of other batches there are as many."""
 MOST_MODELS = 4

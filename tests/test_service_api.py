@@ -6,6 +6,7 @@ import math
 import shutil
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Generator
@@ -27,6 +28,7 @@ from model.masks import Incomplete
 from model.noise import NoisePerImage
 from model.stages import finish
 from model.weights import log_mean_exp
+from service import api
 from service.app import create_app
 from service.engine import Engine
 from tests.wire import (
@@ -1019,6 +1021,24 @@ def test_a_request_says_how_long_its_answer_is_of_use(client: httpx.Client):
     assert late.json()["type"].endswith(":deadline")
     small = {"images": [ITEM], "particles": 1}
     assert client.post("/v1/impute", json=small, headers={"X-Timeout-Ms": "60000"}).is_success
+
+
+def test_the_time_of_a_request_begins_before_its_pictures_are_read(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    """What reading them took is not there for the work."""
+    read, limit = api.read, 1.0
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        threading.Event().wait(limit)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(api, "read", slow)
+    body = {"images": [ITEM], "particles": 1}
+
+    late = client.post("/v1/impute", json=body, headers={"X-Timeout-Ms": f"{1000 * limit:.0f}"})
+
+    _is_problem(late, 504)
 
 
 def test_the_service_has_a_limit_of_time_of_its_own(folder: Path):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -167,22 +167,24 @@ def test_every_setting_reaches_its_part(folder: Path, monkeypatch: pytest.Monkey
     """What is set is what the engine and the models are made with."""
     given: dict[str, Any] = {}
 
-    def recorded(what: type) -> Callable[..., Any]:
-        def make(*arguments: Any, **options: Any) -> Any:
-            given[what.__name__] = (*arguments, options)
-            return what(*arguments, **options)
+    def read(folder: Path, *, device: str, memory: int) -> Models:
+        given["Models"] = folder, device, memory
+        return Models(folder, device=device, memory=memory)
 
-        return make
+    def made(
+        *, threads: int, max_request: int, max_waiting: int, on_lost: Callable[[], None]
+    ) -> Engine:
+        given["Engine"] = threads, max_request, max_waiting
+        return Engine(
+            threads=threads, max_request=max_request, max_waiting=max_waiting, on_lost=on_lost
+        )
 
-    monkeypatch.setattr("service.app.Engine", recorded(Engine))
-    monkeypatch.setattr("service.app.Models", recorded(Models))
+    monkeypatch.setattr("service.app.Engine", made)
+    monkeypatch.setattr("service.app.Models", read)
     settings = settings_for(folder, threads=2, max_request=500, max_waiting=900, max_models=70_000)
     _get(create_app(settings), "/health/live")
 
-    assert given == {
-        "Engine": ({"threads": 2, "max_request": 500, "max_waiting": 900},),
-        "Models": (folder, {"device": "cpu", "memory": 70_000}),
-    }
+    assert given == {"Engine": (2, 500, 900), "Models": (folder, "cpu", 70_000)}
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path):
@@ -198,7 +200,9 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path):
 
 
 @contextmanager
-def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Popen[str], str]]:
+def _process(
+    folder: Path, *, program: Sequence[str] = ("-m", "service"), **environment: str
+) -> Generator[tuple[subprocess.Popen[str], str]]:
     """`python -m service serve` as a process of its own, and its address."""
     variables = {
         **os.environ,
@@ -208,7 +212,7 @@ def _process(folder: Path, **environment: str) -> Generator[tuple[subprocess.Pop
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    command = [sys.executable, "-m", "service", "serve", "--port", "0"]
+    command = [sys.executable, *program, "serve", "--port", "0"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True
@@ -278,3 +282,24 @@ def test_a_process_that_is_told_to_end_finishes_its_work(folder: Path):
         assert {line.split()[-2] for line in accesses} == {"200"}
         assert result["log_likelihood"]["particles"] == 100_000
         assert process.wait(60) == 0
+
+
+LOSING = """
+from service import cli, engine
+from service.work import Sample
+
+Sample.together = lambda jobs: 1 / 0
+engine._device_lost = lambda: True
+cli.app()
+"""
+
+
+def test_a_process_whose_device_fails_for_good_ends_as_failed(folder: Path):
+    """The request may be sent again, to the process that is begun in place of this one."""
+    with _process(folder, program=("-c", LOSING)) as (process, url):
+        answer = httpx.post(f"{url}/v1/samples", json={}, timeout=60)
+
+        assert answer.status_code == 503
+        assert "device" in answer.json()["detail"]
+        assert int(answer.headers["Retry-After"]) > 0
+        assert process.wait(60) == 1

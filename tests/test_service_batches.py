@@ -16,8 +16,9 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
-from service import batches
+from service import batches, worker
 from service.app import create_app
 from service.store import Store
 from tests.wire import (
@@ -401,15 +402,25 @@ def test_a_batch_keeps_its_model(models: Path, folder: Path):
     assert line["log_likelihood"] != other["results"][0]["log_likelihood"]
 
 
-def test_a_full_disk_is_waited_for(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
-    """While there is no room for results the state says so; when there is, the batch is done."""
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        EndpointConnectionError(endpoint_url="http://bucket"),
+    ],
+    ids=["full", "away"],
+)
+def test_what_cannot_be_written_is_waited_for(
+    failure: Exception, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    """While results find no place the state says so; when they do, the batch is done."""
     full = threading.Event()
     full.set()
     place = Store.place
 
     def placed(store: Store, path: Path, name: str) -> None:
         if "/results/" in name and full.is_set():
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise failure
         place(store, path, name)
 
     monkeypatch.setattr(Store, "place", placed)
@@ -420,8 +431,45 @@ def test_a_full_disk_is_waited_for(client: httpx.Client, monkeypatch: pytest.Mon
     full.clear()
 
     assert told["state"] == "running"
-    assert "No space left on device" in told["problem"]
+    assert str(failure) in told["problem"]
     assert _ended(client, batch)["done"] == COUNT
+
+
+def test_where_files_cannot_be_reached_nothing_is_taken_in(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    """A bucket that is away is no fault of the batch, which may be sent again."""
+
+    def away(_store: Store) -> int:
+        raise EndpointConnectionError(endpoint_url="http://bucket")
+
+    monkeypatch.setattr(Store, "size", away)
+
+    answer = client.post("/v1/batches", params={"operation": "impute"}, content=_npz())
+
+    assert answer.status_code == 503
+    assert "cannot be reached" in answer.json()["detail"]
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_a_file_that_ends_the_process_again_and_again_is_given_up(
+    models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody else's batches have to wait for one that takes all memory each time."""
+    monkeypatch.setattr(worker, "MOST_ATTEMPTS", 3)
+    with _service(models, folder, work=False) as client:
+        batch = _submit(client, _npz())
+    (work,) = (folder / batch["id"]).iterdir()
+    for number in range(3):  # as processes leave them that were killed
+        (work / "attempts").mkdir(exist_ok=True)
+        (work / "attempts" / str(number)).touch()
+
+    with _service(models, folder) as client:
+        ended = _ended(client, batch, state="failed")
+        other = _ended(client, _submit(client, _npz(), key="other"))
+
+    assert "3 times the process ended" in ended["problem"]
+    assert other["done"] == COUNT
 
 
 def test_a_stopped_service_goes_on_where_it_was(models: Path, folder: Path):

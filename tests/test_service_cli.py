@@ -201,13 +201,11 @@ def test_a_signal_goes_on_to_the_commands_that_run(number: signal.Signals, tmp_p
     with subprocess.Popen(
         [sys.executable, "-c", COMMANDS, *words], stderr=subprocess.PIPE, text=True
     ) as caller:
-        deadline = time.monotonic() + 60
-        while not (folder / "checkpoint").exists():
+        while not (folder / "checkpoint").exists():  # the test's own limit ends this
             assert caller.poll() is None, caller.communicate()[1]
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         caller.send_signal(number)
-        said = caller.communicate(timeout=60)[1]
+        said = caller.communicate()[1]
 
     assert caller.returncode == 128 + number
     assert "Stopped after step" in said

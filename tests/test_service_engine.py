@@ -1219,6 +1219,37 @@ def test_a_failure_of_the_engine_itself_answers_all_and_is_survived(
     assert engine.ready
 
 
+def test_a_device_that_fails_for_good_ends_the_engine(monkeypatch: pytest.MonkeyPatch):
+    """None of what was admitted is at fault, nothing more is, and it is told once."""
+    monkeypatch.setattr("service.engine._device_lost", lambda: True)
+    told = threading.Semaphore(0)
+    engine = Engine(on_lost=told.release)
+    engine.start()
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        failure = RuntimeError("CUDA error: an illegal access")
+        running = Fake(blocks=0, failure=failure, gate=gate)
+        requests = [asyncio.create_task(_submit(engine, running))]
+        await _began(running)
+        requests += [asyncio.create_task(_submit(engine, Fake(), background=b)) for b in (0, 1)]
+        await _until(lambda: engine.waiting == 3)
+        assert not engine.lost
+        gate.set()
+        for answer in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(answer, NotReady)
+            assert "device" in answer.detail
+        with pytest.raises(NotReady, match="device"):
+            await _submit(engine, Fake())
+
+    _run(scenario)
+    assert engine.lost
+    assert not engine.ready
+    engine.stop(seconds=10)
+    assert told.acquire(timeout=30)
+    assert not told.acquire(blocking=False)
+
+
 def test_what_a_stuck_engine_had_is_answered_at_the_end():
     """A stage that does not end keeps no request for ever."""
     engine = Engine()

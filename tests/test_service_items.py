@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,40 @@ def test_of_a_table_one_row_is_held_at_a_time(tmp_path: Path):
     assert len(out.getvalue()) < 10_000
     assert count == 64
     assert 2**20 < (pool.max_memory() or 0) < 16 * 2**20
+
+
+def test_of_a_tar_one_member_is_held_at_a_time(tmp_path: Path):
+    """Of what has been read nothing stays, however many there are."""
+    (tmp_path / "file").write_bytes(_tar({f"{n}.png": b"?" for n in range(3000)}))
+    tracemalloc.start()
+    try:
+        held = [tracemalloc.get_traced_memory()[0] for _ in read_items(tmp_path / "file")]
+    finally:
+        tracemalloc.stop()
+
+    assert len(held) == 3000
+    assert held[-1] - held[999] < 2000 * 200
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_details_of_a_member_without_end_are_damage(kind: bytes, tmp_path: Path):
+    """They are not read into the memory, of which a file of a few bytes may ask for any amount."""
+    out = io.BytesIO()
+    with gzip.open(out, "wb") as file:
+        member = tarfile.TarInfo("details")
+        member.type, member.size = kind, 2**26
+        file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        file.write(bytes(2**26))
+    (tmp_path / "file").write_bytes(out.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="67108864 bytes of details"):
+            list(read_items(tmp_path / "file"))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert most < 2**22
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet"])

@@ -1,6 +1,8 @@
 """The models of a folder: those that can be trusted, as the folder now is."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +153,24 @@ def test_in_place_of_a_bad_replacement_the_old_model_is_served(
     assert len([record for record in caplog.records if "refused" in record.message]) == 1
     card = write_checkpoint(tmp_path, seed=2)
     assert models.get("tiny").card == card
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_keeps_its_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A share that hiccups is not one whose models were removed."""
+    write_checkpoint(tmp_path)
+    models = _models(tmp_path)
+    model, stat = models.get("tiny"), Path.stat
+
+    def failing(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "card.json":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+
+    assert models.get("tiny") is models.at_hand("tiny") is model
 
 
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
