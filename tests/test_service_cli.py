@@ -190,6 +190,7 @@ with commands() as call:
 """
 
 
+@pytest.mark.timeout(300)  # processes to start, on a machine that may have other work
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_goes_on_to_the_commands_that_run(number: signal.Signals, tmp_path: Path):
     """The training that is under way saves its state and ends before the one who called it."""
