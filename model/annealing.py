@@ -1,19 +1,21 @@
 r"""Annealed importance sampling with Hamiltonian transitions: slow, and close to log p(x_o).
 
-A chain begins at $z_0 \sim q$ and goes through the distributions
+A chain begins at $z_0 \sim q_j$, a Gaussian of the mixture $q = \frac1J \sum_j q_j$, and goes
+through the distributions
 
-$$ f_\beta(z) = q(z)^{1-\beta}\, p(x_o, z)^\beta, \qquad
+$$ f_\beta(j, z) = \tfrac1J\, q_j(z) \left( \frac{p(x_o, z)}{q(z)} \right)^\beta, \qquad
    0 = \beta_0 < \beta_1 < \dots < \beta_T = 1, \qquad
    \log w = \sum_t (\beta_t - \beta_{t-1}) \log \frac{p(x_o, z_{t-1})}{q(z_{t-1})}, $$
 
-where $z_t$ comes from $z_{t-1}$ by a transition that leaves $f_{\beta_t}$ as it is.
+where $z_t$ comes from $z_{t-1}$ by a transition that leaves $f_{\beta_t}(j, \cdot)$ as it is:
+from $q_j$ to its share of the posterior, and summed over $j$ from $q$ to $p(x_o, z)$.
 The mean of the weights is $p(x_o)$ without bias (Neal, "Annealed importance sampling", 2001),
 its logarithm a lower bound in expectation that tightens with $T$, and the last states with their
 weights are draws from the posterior. So are the states of further transitions, which leave
 $p(z \mid x_o)$ as it is and the weights with it.
 
-$q$ is a whole mixture of Gaussians, from each of which as many chains begin: a chain that stays at
-one of several modes then has the weight of its mode, and all together that of all modes.
+As many chains begin from each Gaussian: one that stays at one of several modes then has the weight
+of its mode, and all together that of all modes.
 Transitions are Hamiltonian (Neal, "MCMC using Hamiltonian dynamics", 2011) in the coordinates
 where the chain's own Gaussian is $N(0, I)$; their step sizes are drawn beforehand, so that nothing
 is tuned on the chains that are counted.
@@ -109,12 +111,12 @@ class _Point:
     """The gradients of the two in u."""
 
     def height(self, beta: float) -> PerParticle:
-        """The logarithm of f_β but for a constant."""
-        return (1 - beta) * self.log_start + beta * self.log_joint
+        """The logarithm of f_β(j, z) but for a constant; that of q_j(z) is -|u|²/2."""
+        return beta * (self.log_joint - self.log_start) - 0.5 * self.u.square().sum(-1)
 
     def slope(self, beta: float) -> Latents:
         """Its gradient."""
-        return (1 - beta) * self.start_slope + beta * self.joint_slope
+        return beta * (self.joint_slope - self.start_slope) - self.u
 
     def where(self, moves: Bool[Tensor, "batch chains"], other: "_Point") -> "_Point":
         """The other point of those chains that move."""

@@ -1,5 +1,7 @@
 """Annealed chains against the exact posterior of factor analysis."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,7 +83,28 @@ def test_chains_that_stay_at_their_modes_count_all_modes():
     found = finish(annealed(model, images, start, noise, temperatures=40, chains=32))
 
     truth = exact(model).log_likelihood(images)
-    assert (found.log_weights.exp().mean(-1).log() - truth).abs().max() < 0.3
+    torch.testing.assert_close(
+        found.log_weights.exp().mean(-1).log(), truth, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("widths", "apart"), [((0.4, 2.0), 0.0), ((1.1, 1.8), 0.5)])
+def test_the_mean_weight_is_unbiased_from_gaussians_that_differ(
+    widths: tuple[float, float], apart: float
+):
+    """Each chain moves as its own Gaussian is wide, and their weights' mean is p(x_o) still."""
+    model = linear_model(shape=(1, 4, 5), latent=5)
+    images = holes(model, 3)[2:]
+    posterior = exact(model).posterior(images)
+    mean = torch.cat([posterior.mean - apart, posterior.mean + apart], 1)
+    start = CorrelatedMixture(mean, torch.cat([width * posterior.factor for width in widths], 1))
+    noise = NoisePerImage.of(0, [0])
+    found = finish(annealed(model, images, start, noise, temperatures=5, chains=40_000))
+
+    w = (found.log_weights[0] - exact(model).log_likelihood(images)).exp()
+    error = math.sqrt(sum(part.var().item() / len(part) for part in (w[::2], w[1::2])) / 4)
+    assert error < 0.02
+    assert abs(w.mean().item() - 1) < 4 * error
 
 
 def test_the_chains_are_shared_evenly():
