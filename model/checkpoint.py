@@ -7,13 +7,14 @@ SHA-256, which is verified on load.
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -91,8 +92,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Card:
     )
     fresh = _beside(folder)
     fresh.mkdir(parents=True)
-    (fresh / WEIGHTS).write_bytes(weights)
-    (fresh / CARD).write_text(_to_json(card), encoding="utf-8")
+    _to_disk(fresh / WEIGHTS, weights)
+    _to_disk(fresh / CARD, _to_json(card))
     if folder.exists():
         old = _beside(folder)
         folder.rename(old)
@@ -106,7 +107,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Card:
 def rewrite_card(folder: Path, card: Card) -> None:
     """Puts another card, of the same weights, in the place of the one that is there."""
     fresh = _beside(folder)
-    fresh.write_text(_to_json(card), encoding="utf-8")
+    _to_disk(fresh, _to_json(card))
     fresh.replace(folder / CARD)
 
 
@@ -117,7 +118,7 @@ def read_card(folder: Path) -> Card:
         CheckpointError: There is no card, or it is not one of this format.
     """
     try:
-        raw = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        raw = json.loads((folder / CARD).read_bytes(), parse_constant=_no_number)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Expected a checkpoint in {folder.name}; got {error}.") from error
     known = {f.name for f in fields(Card)}
@@ -218,8 +219,20 @@ def _architecture(raw: Any) -> Architecture:
         raise CheckpointError(f"Expected an architecture of this version; got {error}.") from error
 
 
-def _to_json(card: Card) -> str:
-    return json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+def _to_json(card: Card) -> bytes:
+    text = json.dumps(asdict(card), indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which is no number")
+
+
+def _to_disk(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _beside(folder: Path) -> Path:

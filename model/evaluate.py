@@ -55,6 +55,10 @@ SERVED = "laplace"
 """The proposal of the service's answers."""
 CHUNK = 16
 """Images that are worked on together: their blocks fill the processor's caches, not more."""
+FEWEST = 2
+"""Images that have a standard error."""
+AMONG = 200
+"""Images of which the most ambiguous are shown."""
 DRAWS, RANK_BINS, OUTSIDE = 99, 20, 5
 """Of the test of draws; the truth is outside of them if so few are beyond it."""
 LOOKED_AT, ODD, HELD_OUT = 100, 20, 100
@@ -80,9 +84,14 @@ def evaluate(
 
     Raises:
         CheckpointError: The folder holds no checkpoint.
-        DataError: The data set is not there.
-        ValueError: There is no such score.
+        DataError: The data set is not there, or has fewer than two complete test images of the
+            model's size.
+        ValueError: There is no such score, a mask hides nothing, or too little of a number.
     """
+    _check(images, FEWEST, "images")
+    _check(raw_images, FEWEST, "raw_images")
+    _check(particles, 1, "particles")
+    _check(raw_particles, 1, "raw_particles")
     if unknown := set(scores) - set(SCORES):
         raise ValueError(f"Expected scores of {', '.join(SCORES)}; got {', '.join(unknown)}.")
     read = checkpoint.read(folder)
@@ -126,9 +135,17 @@ def picture(
     """Writes a PNG with a column an image: the truth, what was seen, the mean, and draws.
 
     With `ambiguous` they are those of 200 test images whose draws differ most.
+
+    Raises:
+        CheckpointError, DataError: As of `evaluate`.
+        ValueError: There are not so many images, or too little of a number.
     """
+    for name, count in (("images", images), ("draws", draws), ("particles", particles)):
+        _check(count, 1, name)
     read = checkpoint.read(folder)
-    truth = examples(read.card, seed, source=source)[: 200 if ambiguous else images]
+    truth = examples(read.card, seed, source=source)[: AMONG if ambiguous else images]
+    if images > len(truth):
+        raise ValueError(f"Expected images of at most {len(truth)}; got {images}.")
     hidden = hide(truth, missing, seed)
     parts = [
         finish(
@@ -203,6 +220,9 @@ class _Test:
         """Log p(x_m | x_o) of what a mask hides."""
         truth = self.truth[:images]
         hidden = hide(truth, spec, self.seed)
+        missing = (~hidden.observed).sum().item() / len(truth)
+        if not missing:
+            raise ValueError(f"Expected masks that hide some pixels; got {spec}.")
 
         def work(index: Int[Tensor, " chunk"]) -> Scores:
             noise = NoisePerImage.of(self.seed, index.tolist())
@@ -218,7 +238,6 @@ class _Test:
 
         scores = list(in_chunks(work, len(truth), f"{spec}, {proposal}", self.show))
         conditional = [s.conditional for s in scores if s.conditional is not None]
-        missing = (~hidden.observed).sum().item() / len(truth)
         summary = _summary(conditional)
         return {
             "what": "test log p(x_m | x_o), nats an image",
@@ -360,6 +379,11 @@ class _Test:
         return found
 
 
+def _check(count: int | None, least: int, name: str) -> None:
+    if count is not None and count < least:
+        raise ValueError(f"Expected {name} of at least {least}; got {count}.")
+
+
 def _mean(values: Tensor) -> tuple[float, float]:
     """The mean over images and its standard error, in thousandths of a nat."""
     error = values.std() / len(values) ** 0.5
@@ -423,11 +447,25 @@ def in_chunks(
 def examples(
     card: Card, seed: int, *, source: str | None = None
 ) -> Float[Tensor, "count channels height width"]:
-    """The test images in an order drawn by the seed: files are often sorted by class.
+    """The complete test images in an order drawn by the seed: files are often sorted by class.
 
     They are those of the card's data set, or of one at another place.
+
+    Raises:
+        DataError: There are fewer than two, or they have not the size of the model's images.
     """
-    pixels = data.load(source or card.data["name"]).test.pixels
+    test = data.load(source or card.data["name"]).test
+    pixels = test.pixels if test.observed is None else test.pixels[test.observed.all((1, 2, 3))]
+    if len(pixels) < FEWEST:
+        raise data.DataError(
+            f"Expected {FEWEST} test images or more that lack no pixel, whose truth is known; "
+            f"got {len(pixels)} among {len(test)}."
+        )
+    if (got := tuple(pixels.shape[1:])) != card.architecture.image_shape:
+        raise data.DataError(
+            f"Expected test images of the model's shape {card.architecture.image_shape}, "
+            f"channels, height and width; got {got}."
+        )
     order = torch.randperm(len(pixels), generator=Noise(seed).at("test").generator())
     return data.as_seen(pixels[order], card.binarise, Noise(seed).at("binarise"))
 

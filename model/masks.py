@@ -63,11 +63,6 @@ class Incomplete:
     def __getitem__(self, index: slice | Int[Tensor, " picked"]) -> "Incomplete":
         return Incomplete(self.values[index], self.observed[index])
 
-    @property
-    def nothing_missing(self) -> bool:
-        """Whether every pixel of every image was seen."""
-        return bool(self.observed.all())
-
     def fill(
         self, imputed: Float[Tensor, "*more batch channels height width"]
     ) -> Float[Tensor, "*more batch channels height width"]:

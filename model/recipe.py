@@ -90,11 +90,12 @@ class Recipe:
     schedule: str = "constant"
     """Of the learning rate: constant, or cosine: down to zero at the last epoch."""
     anneal_epochs: int = 100
-    """Epochs in which an annealed objective moves from the ELBO to its own."""
+    """Epochs in which an annealed objective, once it begins, moves from the ELBO to its own."""
     warm_up_epochs: int = 0
     """Epochs in which the cost of the latents, log q(z) − log p(z), grows from nothing to all."""
     patience: int = 50
-    """Epochs without a better validation bound, after the annealing, that end the training."""
+    """Epochs without a better validation bound, after the last objective's annealing and the
+    warm-up, that end the training."""
     polish_steps: int = 0
     """Steps in which the best model's encoder learns from its completions, at the end."""
     precision: str = "highest"
@@ -111,17 +112,22 @@ class Recipe:
         for name, least in LEAST.items():
             if flat[name] < least:
                 raise RecipeError(f"Expected {name} of at least {least}; got {flat[name]}.")
+        _sequence(self.objective)
         self._check_values()
         try:
             mechanism(self.missing)
         except MechanismError as error:
             raise RecipeError(str(error)) from error
-        _sequence(self.objective)
 
     def objective_in(self, epoch: int) -> Objective:
         """What is maximised in an epoch, with the options that go with it."""
         named = next(name for until, name in _sequence(self.objective) if epoch < until)
         return self._with_options(named)
+
+    def begun(self, epoch: int) -> int:
+        """The epoch in which what is maximised in this one began."""
+        ends = [until for until, _ in _sequence(self.objective)]
+        return max((int(until) for until in ends if until <= epoch), default=0)
 
     @property
     def last_objective(self) -> Objective:
@@ -157,6 +163,22 @@ class Recipe:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        objectives = [OBJECTIVES[name] for _, name in _sequence(self.objective)]
+        heeded = {
+            "p_step": any(objective.steps for objective in objectives),
+            "m_step": any(objective.steps for objective in objectives),
+            "imputations": any(objective.two_pass for objective in objectives),
+            "first_pass": any(objective.two_pass for objective in objectives),
+            "svi_rate": bool(self.svi_steps),
+            "svi_through": bool(self.svi_steps),
+        }
+        for name, heed in heeded.items():
+            idle = next(f.default for f in fields(Recipe) if f.name == name)
+            if not heed and getattr(self, name) != idle:
+                raise RecipeError(
+                    f"Expected {name} {idle} with objective {self.objective} and svi_steps "
+                    f"{self.svi_steps}, which do not heed it; got {getattr(self, name)}."
+                )
         if "vae-analytic" in self.objective and self.architecture.upper:
             raise RecipeError(
                 "Expected one stochastic layer with vae-analytic, whose divergence has no closed "

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,7 +117,6 @@ class Run:
         channels, height, width = self.dataset.train.pixels.shape[1:]
         architecture = replace(recipe.architecture, image_shape=(channels, height, width))
         self.recipe = replace(recipe, architecture=architecture)
-        self.annealed_until = recipe.anneal_epochs if recipe.last_objective.annealed else 0
         self.noise = Noise(recipe.seed)
         self.train = self._split("train")
         self.validation = self._split("validation")
@@ -141,11 +140,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or validation has stopped improving."""
-        done = self.state.validated
-        waited = done - max(
-            self.state.best_epoch + 1, self.annealed_until, self.recipe.warm_up_epochs
-        )
-        return done >= self.recipe.epochs or waited >= self.recipe.patience
+        recipe, done = self.recipe, self.state.validated
+        annealing = recipe.anneal_epochs if recipe.last_objective.annealed else 0
+        settled = max(recipe.begun(recipe.epochs) + annealing, recipe.warm_up_epochs)
+        waited = done - max(self.state.best_epoch + 1, settled)
+        return done >= recipe.epochs or waited >= recipe.patience
 
     @property
     def validating(self) -> bool:
@@ -237,6 +236,7 @@ class Run:
     def _refit(self) -> Refit:
         """The polish of the best model, from where it was saved."""
         size = self.recipe.batch
+        self.train.turn_to(self.state.validated - 1)
 
         def batch(noise: Noise) -> Incomplete:
             generator = noise.at("polish").generator()
@@ -336,8 +336,11 @@ class Run:
             self.state.sums = (bound, elbo, q_hat)
 
     def alpha(self, epoch: int) -> float:
-        """The share of Q̂ in the M-step: from 0 to 1 over the first epochs."""
-        return min(1.0, epoch / self.annealed_until) if self.annealed_until else 1.0
+        """The share of Q̂ in the M-step: from 0 to 1 over an annealed objective's first epochs."""
+        recipe = self.recipe
+        if not (recipe.anneal_epochs and recipe.objective_in(epoch).annealed):
+            return 1.0
+        return min(1.0, (epoch - recipe.begun(epoch)) / recipe.anneal_epochs)
 
     def warmth(self, epoch: int) -> float:
         """The part of the latents' cost that counts: from nothing to all over the first epochs."""
@@ -427,6 +430,7 @@ class Run:
         tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in state.best.items()}
         place = {name: getattr(state, name) for name in PLACE}
+        place["data"] = self.dataset.sha256
         self._keep(STATE, {**tensors, **_kept(state.optimizer)}, place)
         _write(self.folder / LEDGER, self.ledger + self._entry())
 
@@ -506,16 +510,24 @@ class Run:
 
     def _read(self, file: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Where it was, and the tensors of each part by their names in it."""
-        parts = defaultdict[str, dict[str, Tensor]](dict)
-        with safe_open(self.folder / file, "pt", device=str(self.device)) as saved:
-            place = json.loads(saved.metadata()["place"])
-            for name in saved.keys():  # noqa: SIM118  # it is no dict, and cannot be iterated
-                part, _, rest = name.partition(".")
-                parts[part][rest] = saved.get_tensor(name)
+        parts, path = defaultdict[str, dict[str, Tensor]](dict), self.folder / file
+        try:
+            with safe_open(path, "pt", device=str(self.device)) as saved:
+                place = json.loads(saved.metadata()["place"])
+                for name in saved.keys():  # noqa: SIM118  # it is no dict, and cannot be iterated
+                    part, _, rest = name.partition(".")
+                    parts[part][rest] = saved.get_tensor(name)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"Expected the state of a run in {path}; got: {error}.") from error
         return place, parts
 
     def _restore(self) -> None:
         place, parts = self._read(STATE)
+        if place.get("data", self.dataset.sha256) != self.dataset.sha256:
+            raise RecipeError(
+                f"Expected the images that the run in {self.folder} began with, of sha256 "
+                f"{place['data']}; got others from {self.recipe.data}, of {self.dataset.sha256}."
+            )
         give_moments(self.state.optimizer, parts["adam"])
         self.state.model.load_state_dict(parts["model"])
         self.state.best = parts["best"]
@@ -570,6 +582,8 @@ def _write(path: Path, text: str) -> None:
 def _append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _put(fresh: Path, path: Path) -> None:

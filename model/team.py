@@ -8,6 +8,7 @@ a team of one, which costs nothing.
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -15,6 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 __all__ = ["Team"]
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another: one alone polishes, for as long as a recipe says."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Team:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if _cuda() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if _cuda() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=PATIENCE)
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     @staticmethod

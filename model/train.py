@@ -113,6 +113,8 @@ def train_seeds(
         raise RecipeError(
             f"Expected optimizer adam with several seeds at once; got {recipe.optimizer}."
         )
+    if "gated-conv" in (recipe.architecture.encoder, recipe.architecture.decoder):
+        raise RecipeError("Expected networks mlp with several seeds at once; got gated-conv.")
     show, runs = console or Console(stderr=True), list[Run]()
     together: Together | None = None
     with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:
@@ -123,8 +125,8 @@ def train_seeds(
             held.enter_context(_alone(place))
             runs[-1].begin()
         while left := [run for run in runs if not run.finished]:
-            least = min(run.state.step for run in left)
-            behind = [run for run in left if run.state.step == least]
+            least = min((run.state.step, run.state.validated) for run in left)
+            behind = [run for run in left if (run.state.step, run.state.validated) == least]
             if together is None or together.runs != behind:
                 together = Together(behind)
             _together(together, limit)
@@ -243,13 +245,15 @@ def _refuse_another(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
     """Keeps other processes from the run in a folder; two would write each epoch twice."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise RecipeError(
             f"Expected a run that nobody works on; another process trains the one in {folder}."
         ) from None
+    except OSError as error:
+        raise RecipeError(f"Expected a folder for the run; got {folder}: {error}.") from error
     with lock:
         yield
 

@@ -83,9 +83,7 @@ def test_chains_that_stay_at_their_modes_count_all_modes():
     found = finish(annealed(model, images, start, noise, temperatures=40, chains=32))
 
     truth = exact(model).log_likelihood(images)
-    torch.testing.assert_close(
-        found.log_weights.exp().mean(-1).log(), truth, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(found.log_weights.exp().mean(-1).log(), truth, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("widths", "apart"), [((0.4, 2.0), 0.0), ((1.1, 1.8), 0.5)])

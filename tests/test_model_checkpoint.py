@@ -146,6 +146,15 @@ def test_a_card_that_is_none_is_refused(folder: Path, text: str):
         read_card(folder)
 
 
+def test_a_card_with_what_is_no_number_is_refused(folder: Path):
+    """JSON has no NaN: a card with one could not be sent to anybody."""
+    text = (folder / "card.json").read_text().replace('"results": {', '"results": {"raw": NaN,')
+    (folder / "card.json").write_text(text.replace("NaN,}", "NaN}"))
+
+    with pytest.raises(CheckpointError, match="in tiny; got NaN, which is no number"):
+        read_card(folder)
+
+
 def test_an_unknown_field_is_refused(folder: Path):
     """A card of another version is not half understood."""
     _change(folder, licence="ours")

@@ -11,6 +11,7 @@ from PIL import Image
 from model import checkpoint
 from model.checkpoint import Card, Checkpoint
 from model.curves import diagnostics
+from model.data import DataError
 from model.evaluate import evaluate, picture
 from model.latent import Architecture
 from model.noise import Noise
@@ -114,6 +115,79 @@ def test_diagnostics_go_into_the_card_and_can_be_drawn(folder: Path, tmp_path: P
     assert found["gaps"]["approximation_standard_error"] > 0
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.width > 500
+
+
+def test_only_complete_images_are_test_images(folder: Path, tmp_path: Path) -> None:
+    """A hole has no truth: images with one are left out, and all are the same to the rest."""
+    with np.load(tmp_path / "tiny.npz") as stored:
+        splits = dict(stored)
+    holes = np.zeros_like(splits["test"])
+    holes[5:, 0] = 1
+    np.savez(tmp_path / "tiny.npz", **splits, test_missing=holes)  # pyright: ignore[reportArgumentType]
+    found = evaluate(folder, scores=["raw"], raw_particles=64).results["raw"]
+
+    splits["test"] = splits["test"][:5]
+    np.savez(tmp_path / "tiny.npz", **splits)  # pyright: ignore[reportArgumentType]
+    assert found["images"] == 5
+    assert evaluate(folder, scores=["raw"], raw_particles=64).results["raw"] == found
+
+
+def test_images_that_cannot_be_scored_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Nothing but holes, and images of another size: the error says what came."""
+    test = np.ones((3, 6, 6), np.uint8)
+    np.savez(tmp_path / "holes.npz", train=test, validation=test, test=test, test_missing=test)
+    other = np.ones((30, 4, 6), np.uint8)
+    np.savez(tmp_path / "other.npz", train=other)
+
+    with pytest.raises(DataError, match=r"2 test images or more that lack no .*; got 0 among 3"):
+        evaluate(folder, source=str(tmp_path / "holes.npz"))
+    with pytest.raises(DataError, match=r"shape \(1, 6, 6\), .* got \(1, 4, 6\)"):
+        evaluate(folder, source=str(tmp_path / "other.npz"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"images": 1}, "Expected images of at least 2; got 1"),
+        ({"raw_images": 0}, "Expected raw_images of at least 2; got 0"),
+        ({"particles": 0}, "Expected particles of at least 1; got 0"),
+        ({"raw_particles": -1}, "Expected raw_particles of at least 1; got -1"),
+        ({"scores": ["raw", "best"]}, "Expected scores of .*; got best"),
+        (
+            {"scores": ["predictive"], "masks": ["none"]},
+            "Expected masks that hide some pixels; got none",
+        ),
+    ],
+)
+def test_too_little_is_refused(folder: Path, asked: dict[str, Any], sentence: str) -> None:
+    """What cannot be measured is said by its name, and the card stays as it was."""
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(folder, **asked)
+
+    assert checkpoint.read_card(folder).results == {}
+
+
+def test_two_images_can_be_scored(folder: Path) -> None:
+    """The fewest of which there is a standard error: every number of the card is one."""
+    evaluate(folder, images=2, raw_images=2, particles=64, raw_particles=64, masks=("half",))
+
+    assert json.loads((folder / "card.json").read_text(), parse_constant=pytest.fail)["results"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"images": 41}, "Expected images of at most 40; got 41"),
+        ({"images": 0}, "Expected images of at least 1; got 0"),
+        ({"draws": 0}, "Expected draws of at least 1; got 0"),
+    ],
+)
+def test_picture_of_more_than_there_is(
+    folder: Path, tmp_path: Path, asked: dict[str, Any], sentence: str
+) -> None:
+    """Neither more images than the test has, nor none."""
+    with pytest.raises(ValueError, match=sentence):
+        picture(folder, tmp_path / "picture.png", **asked)
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])

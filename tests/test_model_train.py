@@ -41,8 +41,8 @@ from model.recipe import (
     stored_recipe,
 )
 from model.refinement import Refinement
-from model.run import Diverged, Run
-from model.stages import finish
+from model.run import Diverged, Metrics, Run
+from model.stages import Stages, finish
 from model.step import BF16_CPU
 from model.train import Interrupted, main
 
@@ -606,6 +606,29 @@ def test_patience_is_not_counted_while_annealing(
     assert checkpoint.read_card(folder / "checkpoint").training["best_epoch"] == 0
 
 
+def test_annealing_begins_with_its_objective(bars: str, tmp_path: Path) -> None:
+    """Whichever of several objectives is annealed: α counts from its first epoch."""
+    several = "vae:2,miss-iwem:4,miss-iwae"
+    folder = _train(tmp_path / "run", bars, objective=several, anneal_epochs=2, epochs=8)
+
+    assert [line["alpha"] for line in _metrics(folder)] == [1, 1, 0, 0.5, 1, 1, 1, 1]
+
+
+def test_patience_is_not_counted_before_the_last_objective(
+    bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs without a better bound end the training, but not before all have had a turn."""
+
+    def worse(run: Run) -> Iterator[None]:
+        yield
+        return -float(run.state.validated)
+
+    monkeypatch.setattr(Run, "validate", worse)
+    folder = _train(tmp_path / "run", bars, objective="vae:4,iwae", patience=2, epochs=9)
+
+    assert len(_metrics(folder)) == 4 + 2
+
+
 def test_best_epoch_is_kept(bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint has the weights of the best epoch, not of the last."""
     bounds = {0: -3.0, 1: -1.0, 2: -2.0}
@@ -807,6 +830,15 @@ def test_recipe_files(tmp_path: Path) -> None:
         ({"encoder": "rnn"}, r"Expected encoder of mlp.*; got 'rnn'\."),
         ({"p_step": "dreg", "imputations": 2}, r"Expected one imputation .*; got 2, False\."),
         ({"objective": "vae-analytic", "upper": 2}, r"Expected one stochastic layer .* upper 2\."),
+        (
+            {"objective": "miss-iwae", "p_step": "dreg"},
+            r"Expected p_step slides with objective miss-iwae .*; got dreg\.",
+        ),
+        ({"objective": "vae:9,iwae", "m_step": "sampled"}, r"Expected m_step marginal .* sampled"),
+        ({"objective": "iwem", "imputations": 4}, r"Expected imputations 1 with objective iwem"),
+        ({"objective": "iwem", "first_pass": True}, r"Expected first_pass False .* got True"),
+        ({"svi_rate": 0.5}, r"Expected svi_rate 0\.1 .* svi_steps 0, .*; got 0\.5"),
+        ({"svi_through": True}, r"Expected svi_through False .* svi_steps 0, .*; got True"),
         ({"missing": "rain"}, r"Expected a missingness of .*; got 'rain'\."),
         ({"missing": "patches:10"}, r"Expected .* from 0 to 9; got '?10'?\."),
     ],
@@ -876,6 +908,30 @@ def test_recipe_that_is_not_there(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "none.toml"))
     with pytest.raises(RecipeError, match=r"Expected a recipe in .*bad\.toml; got: JSONDecode"):
         stored_recipe(tmp_path / "bad.toml")
+
+
+def test_other_images_are_refused(bars: str, tmp_path: Path) -> None:
+    """A run goes on with the images that it began with, whatever is in the file by then."""
+    folder = _train(tmp_path / "run", bars)
+    _data(tmp_path, train=_bars(40, 7))
+
+    with pytest.raises(RecipeError, match=r"Expected the images .* began with, of sha256 .*bars"):
+        _train(folder, bars, resume=True)
+
+
+def test_damaged_state_is_named(bars: str, tmp_path: Path) -> None:
+    """What is no state of a run is no reason to begin anew, nor for a traceback."""
+    folder = _train(tmp_path / "run", bars)
+    (folder / "state.safetensors").write_bytes(b"torn")
+
+    with pytest.raises(RecipeError, match=r"Expected the state of a run in .*state\.safetensors"):
+        _train(folder, bars, resume=True)
+
+
+def test_folder_that_cannot_be_made(bars: str, tmp_path: Path) -> None:
+    """The error names the folder, and why."""
+    with pytest.raises(RecipeError, match=r"Expected a folder for the run; got .*bars\.npz/run"):
+        _train(Path(bars) / "run", bars)
 
 
 def test_folder_of_another_run_is_refused(bars: str, tmp_path: Path) -> None:
@@ -957,6 +1013,10 @@ def test_command_goes_on_without_a_recipe(bars: str, tmp_path: Path) -> None:
         (
             ["--data=mnist", "--seeds=2", "--optimizer=muon"],
             "Expected optimizer adam with several seeds at once; got muon.",
+        ),
+        (
+            ["--data=mnist", "--seeds=2", "--encoder=gated-conv"],
+            "Expected networks mlp with several seeds at once; got gated-conv.",
         ),
         (["--data=mnist", "--optimizer=sgd"], "Expected optimizer of adam, muon; got 'sgd'."),
         (["--data=mnist", "--batch=0"], "Expected batch of at least 1; got 0."),
@@ -1067,6 +1127,33 @@ def test_seeds_that_were_stopped_go_on_together(bars: str, tmp_path: Path) -> No
         _assert_close(one, other)
 
 
+def test_seeds_that_were_killed_between_their_validations(
+    bars: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each goes on with the validation that it still owes, and all metrics are there."""
+    whole = _seeds(tmp_path / "whole", bars, epochs=3)
+    recipe, end, ended = read_recipe(None, **{**TINY, "data": bars, "epochs": 3}), Run.end_epoch, 0
+
+    def killed(run: Run) -> Stages[Metrics]:
+        nonlocal ended
+        ended += 1
+        if ended == 2:
+            raise Killed
+        return end(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("model.run.SAVE_EVERY", 0.0)
+        patched.setattr(Run, "end_epoch", killed)
+        with pytest.raises(Killed):
+            train.train_seeds(tmp_path / "parts", recipe, 3, device="cpu", console=_quiet())
+    parts = _seeds(tmp_path / "parts", bars, resume=True, epochs=3)
+
+    for one, other in zip(parts, whole, strict=True):
+        _assert_close(one, other)
+        for line, same in zip(_metrics(one), _metrics(other), strict=True):
+            assert line == pytest.approx(same, rel=1e-3)
+
+
 def test_command_trains_seeds(
     bars: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1092,8 +1179,12 @@ def test_polished_run_is_the_best_model_with_another_encoder(bars: str, tmp_path
         assert torch.equal(weight, before[name]) == name.startswith("decoder")
 
 
-def test_polish_that_is_stopped_goes_on_from_there(bars: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("redraw", [False, True])
+def test_polish_that_is_stopped_goes_on_from_there(
+    bars: str, tmp_path: Path, *, redraw: bool
+) -> None:
     """However often it is stopped no step is taken twice, and the weights are the same."""
+    settings: dict[str, Any] = {"polish_steps": 3, "redraw": redraw}
     folder, climb, climbed = tmp_path / "run", refit.ascend, list[Noise]()
     with pytest.MonkeyPatch.context() as monkeypatch:
 
@@ -1107,13 +1198,13 @@ def test_polish_that_is_stopped_goes_on_from_there(bars: str, tmp_path: Path) ->
         monkeypatch.setattr(refit, "ascend", interrupted)
         for again in range(3):
             with pytest.raises(Interrupted, match="after step 6"):
-                _train(folder, bars, polish_steps=3, resume=again > 0)
-    resumed = _train(folder, bars, polish_steps=3, resume=True)
+                _train(folder, bars, **settings, resume=again > 0)
+    resumed = _train(folder, bars, **settings, resume=True)
 
     assert len(climbed) == len(set(climbed)) == 3 * 2
     assert [line.get("polish_steps") for line in _ledger(folder)] == [1, 2, 3, 3]
     assert not (folder / "polish.safetensors").exists()
-    assert _weights(resumed) == _weights(_train(tmp_path / "whole", bars, polish_steps=3))
+    assert _weights(resumed) == _weights(_train(tmp_path / "whole", bars, **settings))
 
 
 def test_polish_that_is_killed_after_it_leaves_nothing(bars: str, tmp_path: Path) -> None:
