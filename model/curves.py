@@ -83,7 +83,7 @@ def diagnostics(found: dict[str, Any], path: Path) -> None:
     latents.bar(range(len(used)), sorted(used, reverse=True))
     latents.set(title=f"{found['active_units']} active latents", xlabel="latent")
     latents.set_ylabel("KL(q ‖ p), nats")
-    for name in ("as they are", "turned"):
+    for name in ("as they are", "turned") if "anomaly" in found else ():
         shares = sorted(found["anomaly"][name])
         percentiles.plot(shares, [(i + 0.5) / len(shares) for i in range(len(shares))], label=name)
     percentiles.plot([0, 1], [0, 1], "k--", linewidth=1)

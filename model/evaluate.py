@@ -2,12 +2,14 @@ r"""Filling in a checkpoint's card: how good the model is on test images, and wh
 
 Three scores, each with what it was measured with:
 
-- `raw`: log p(x) of complete test images, with the encoder's own proposal;
+- `raw`: log p(x) of test images, with the encoder's own proposal;
 - `tight`: the same with an encoder that was refitted on these images, the decoder as it was;
 - `predictive`: log p(x_m | x_o) of the pixels that a mask hides, as the service computes it.
   It is a normalised distribution over $x_m$, so that no bad proposal can flatter it.
 
 The masks of the last go from the one that was trained on to kinds that were never seen.
+Of test images that lack pixels themselves the first two are log p(x_o) of what was observed, and
+x_m are pixels that were observed and that the mask hides.
 `diagnostics` say how the latents are used, what the ELBO loses, whether what is predicted of
 missing pixels comes true, and whether what is unlike the data is found unlikely.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor
@@ -84,8 +86,8 @@ def evaluate(
 
     Raises:
         CheckpointError: The folder holds no checkpoint.
-        DataError: The data set is not there, or has fewer than two complete test images of the
-            model's size.
+        DataError: The data set is not there, or has fewer than two test images of the model's
+            size.
         ValueError: There is no such score, a mask hides nothing, or too little of a number.
     """
     _check(images, FEWEST, "images")
@@ -134,7 +136,8 @@ def picture(
 ) -> None:
     """Writes a PNG with a column an image: the truth, what was seen, the mean, and draws.
 
-    With `ambiguous` they are those of 200 test images whose draws differ most.
+    With `ambiguous` they are those of 200 test images whose draws differ most. What is not known
+    is grey.
 
     Raises:
         CheckpointError, DataError: As of `evaluate`.
@@ -163,8 +166,8 @@ def picture(
     columns = [
         torch.cat(
             [
-                truth[index],
-                torch.where(hidden.observed[index], truth[index], 0.5),
+                torch.where(truth.observed[index], truth.values[index], 0.5),
+                torch.where(hidden.observed[index], hidden.values[index], 0.5),
                 parts[index].mean[0],
                 parts[index].draws[0, :, 0],
             ]
@@ -176,16 +179,17 @@ def picture(
 
 @dataclass(frozen=True)
 class _Test:
-    """Complete test images, and the model that is measured on them."""
+    """Test images, and the model that is measured on them."""
 
     read: Checkpoint
-    truth: Tensor
+    truth: Incomplete
+    """Of which all is known, or some of their pixels are."""
     seed: int
     show: Console
 
     def raw(self, images: int | None, *, particles: int) -> dict[str, Any]:
         """Log p(x) by the encoder's own proposal."""
-        return self._complete(self.read.model, self.truth[:images], "raw", particles)
+        return self._whole(self.read.model, self.truth[:images], "raw", particles, "own")
 
     def tight(self, images: int | None, *, particles: int) -> dict[str, Any]:
         """Log p(x) by an encoder that was refitted on these images; the decoder is as it was."""
@@ -193,23 +197,32 @@ class _Test:
         steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
         stages = tightened(self.read.model, truth, Noise(self.seed).at("tight"), steps=steps)
         model = _watched(stages, steps, "refit", self.show).frozen()
-        result = self._complete(model, truth, "tight", particles)
+        result = self._whole(model, truth, "tight", particles, "zero-filled")
         return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}
 
-    def _complete(
-        self, model: LatentVariableModel, truth: Tensor, title: str, particles: int
+    def _whole(
+        self,
+        model: LatentVariableModel,
+        truth: Incomplete,
+        title: str,
+        particles: int,
+        proposal: str,
     ) -> dict[str, Any]:
+        """Log p of all that is known of the images."""
+
         def work(index: Int[Tensor, " chunk"]) -> Scores:
-            images = Incomplete.complete(truth[index])
             noise = NoisePerImage.of(self.seed, index.tolist())
-            return finish(score(model, images, noise, particles=particles, proposal="own"))
+            stages = score(model, truth[index], noise, particles=particles, proposal=proposal)
+            return finish(stages)
 
         scores = [s.log_likelihood for s in in_chunks(work, len(truth), title, self.show)]
         return {
-            "what": "test log p(x) of complete images, nats an image",
+            "what": "test log p(x) of complete images, nats an image"
+            if truth.observed.all()
+            else "test log p(x_o) of incomplete images, nats an image",
             **_summary(scores),
             "particles": particles,
-            "proposal": "own",
+            "proposal": proposal,
             "estimator": scores[0].estimator,
             "seed": self.seed,
         }
@@ -220,7 +233,8 @@ class _Test:
         """Log p(x_m | x_o) of what a mask hides."""
         truth = self.truth[:images]
         hidden = hide(truth, spec, self.seed)
-        missing = (~hidden.observed).sum().item() / len(truth)
+        judged = truth.observed & ~hidden.observed
+        missing = judged.sum().item() / len(truth)
         if not missing:
             raise ValueError(f"Expected masks that hide some pixels; got {spec}.")
 
@@ -232,7 +246,8 @@ class _Test:
                 noise,
                 particles=particles,
                 proposal=proposal,
-                truth=truth[index],
+                truth=truth.values[index],
+                known=judged[index],
             )
             return finish(stages)
 
@@ -255,7 +270,7 @@ class _Test:
         """What the latents do, what the ELBO loses, and what comes true of what is predicted."""
         truth, model = self.truth[:images], self.read.model
         use = latent_use(model, hide(truth, masks[0], self.seed), Noise(self.seed).at("use"))
-        own = model.sample(len(truth), Noise(self.seed).at("own"))
+        own = Incomplete.complete(model.sample(len(truth), Noise(self.seed).at("own")))
         found: dict[str, Any] = {
             "images": len(truth),
             "mask": masks[0],
@@ -267,15 +282,19 @@ class _Test:
                 *(self._coming_true(truth, spec, "test images", particles) for spec in masks[:2]),
                 self._coming_true(own, masks[0], "its own samples", particles),
             ],
-            "anomaly": self._anomaly(masks[0], particles=particles),
             "seed": self.seed,
         }
+        whole = self.truth.values[self.truth.observed.all((1, 2, 3))]
+        if len(whole) >= FEWEST:
+            found["anomaly"] = self._anomaly(whole, masks[0], particles=particles)
         if model.exact is None:
             found["gaps"] = self._gaps(masks[0], particles=particles)
         return found
 
-    def _coming_true(self, truth: Tensor, spec: str, of: str, particles: int) -> dict[str, Any]:
-        """Whether missing pixels, and the ink of whole images, are as they were said to be.
+    def _coming_true(
+        self, truth: Incomplete, spec: str, of: str, particles: int
+    ) -> dict[str, Any]:
+        """Whether missing pixels, and the ink of all that are known, are as they were said to be.
 
         Of the model's own samples they are if the inference is right, whatever the model is.
         """
@@ -284,8 +303,10 @@ class _Test:
         def work(index: Int[Tensor, " chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             mean, draws, doubt = self._completed(hidden[index], index, particles=particles)
             noise = NoisePerImage.of(self.seed, index.tolist()).at("ties")
-            missing = ~hidden.observed[index]
-            return mean[missing], truth[index][missing], ranks(draws, truth[index], noise), doubt
+            values, known = truth.values[index], truth.observed[index]
+            judged = known & ~hidden.observed[index]
+            rank = ranks(torch.where(known[:, None], draws, 0.0), values, noise)
+            return mean[judged], values[judged], rank, doubt
 
         parts = list(in_chunks(work, len(truth), f"{spec}, calibration", self.show))
         probability, came, rank, doubt = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -354,14 +375,14 @@ class _Test:
             found[name], found[f"{name}_standard_error"] = mean, error
         return found
 
-    def _anomaly(self, spec: str, *, particles: int) -> dict[str, Any]:
-        """The percentiles of test images, and of these turned by a quarter, if they are square."""
-        odd = min(ODD, len(self.truth) // 2)
-        shown, held_out = self.truth[:odd], self.truth[odd : odd + HELD_OUT]
+    def _anomaly(self, whole: Tensor, spec: str, *, particles: int) -> dict[str, Any]:
+        """The percentiles of complete images, and of these turned by a quarter, if square."""
+        odd = min(ODD, len(whole) // 2)
+        shown, held_out = whole[:odd], whole[odd : odd + HELD_OUT]
         turns = 1 if shown.shape[2] == shown.shape[3] else 2
         found: dict[str, Any] = {"images": len(shown), "held_out": len(held_out), "mask": spec}
         for name, values in (("as they are", shown), ("turned", shown.rot90(turns, (2, 3)))):
-            hidden = hide(values, spec, self.seed)
+            hidden = hide(Incomplete.complete(values), spec, self.seed)
 
             def work(index: Int[Tensor, " chunk"], hidden: Incomplete = hidden) -> Tensor:
                 stages = anomaly(
@@ -444,10 +465,8 @@ def in_chunks(
         yield from track(parts, title, len(chunks), console=show, disable=not show.is_terminal)
 
 
-def examples(
-    card: Card, seed: int, *, source: str | None = None
-) -> Float[Tensor, "count channels height width"]:
-    """The complete test images in an order drawn by the seed: files are often sorted by class.
+def examples(card: Card, seed: int, *, source: str | None = None) -> Incomplete:
+    """The test images in an order drawn by the seed: files are often sorted by class.
 
     They are those of the card's data set, or of one at another place.
 
@@ -455,26 +474,27 @@ def examples(
         DataError: There are fewer than two, or they have not the size of the model's images.
     """
     test = data.load(source or card.data["name"]).test
-    pixels = test.pixels if test.observed is None else test.pixels[test.observed.all((1, 2, 3))]
+    pixels = test.pixels
     if len(pixels) < FEWEST:
-        raise data.DataError(
-            f"Expected {FEWEST} test images or more that lack no pixel, whose truth is known; "
-            f"got {len(pixels)} among {len(test)}."
-        )
+        raise data.DataError(f"Expected {FEWEST} test images or more; got {len(pixels)}.")
     if (got := tuple(pixels.shape[1:])) != card.architecture.image_shape:
         raise data.DataError(
             f"Expected test images of the model's shape {card.architecture.image_shape}, "
             f"channels, height and width; got {got}."
         )
     order = torch.randperm(len(pixels), generator=Noise(seed).at("test").generator())
-    return data.as_seen(pixels[order], card.binarise, Noise(seed).at("binarise"))
+    values = data.as_seen(pixels[order], card.binarise, Noise(seed).at("binarise"))
+    if test.observed is None:
+        return Incomplete.complete(values)
+    return Incomplete.hide(values, test.observed[order])
 
 
-def hide(truth: Tensor, spec: str, seed: int) -> Incomplete:
-    """The images with holes that the seed draws by this mechanism."""
-    shape = (truth.shape[1], truth.shape[2], truth.shape[3])
+def hide(truth: Incomplete, spec: str, seed: int) -> Incomplete:
+    """The images with more holes, which the seed draws by this mechanism."""
+    count, channels, height, width = truth.values.shape
     generator = Noise(seed).at("mask", spec).generator()
-    return Incomplete.hide(truth, mechanism(spec)(len(truth), shape, generator))
+    drawn = mechanism(spec)(count, (channels, height, width), generator)
+    return Incomplete.hide(truth.values, truth.observed & drawn)
 
 
 def _most_varied(parts: Sequence[Completions]) -> list[int]:

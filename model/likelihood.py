@@ -276,16 +276,19 @@ def score(
     particles: int,
     proposal: str | Proposal = "laplace",
     truth: Float[Tensor, "batch channels height width"] | None = None,
+    known: Bool[Tensor, "batch channels height width"] | None = None,
     tolerance: float | None = None,
 ) -> Stages[Scores]:
     """Each image's log p(x_o) and, where the complete images are given, log p(x_m | x_o).
 
+    Where not all of the truth is `known`, x_m are the missing pixels of which it is.
     With a tolerance, in nats, no more particles are drawn than bring both standard errors below
     it. Of a model with a closed form the first is exact, unless another proposal was given.
     """
     sums = WeightSums.empty(len(images), particles=particles, like=images.values)
     predictive = Predictive.empty(len(images), particles=particles, like=images.values)
     keep = truth is not None
+    judged = ~images.observed if known is None else known & ~images.observed
     distribution = yield from proposed(model, images, noise.at("proposal"), proposal)
     for block in blocks(
         model,
@@ -300,9 +303,7 @@ def score(
         sums = sums.update(log_w)
         if truth is not None:
             assert block.parameters is not None
-            log_missing = model.likelihood.log_density_of(
-                block.parameters, truth, ~images.observed
-            )
+            log_missing = model.likelihood.log_density_of(block.parameters, truth, judged)
             predictive = predictive.update(log_w, log_missing)
         if tolerance is not None and precise(sums, tolerance):
             also = None if truth is None else predictive.estimate(sums)
@@ -314,7 +315,7 @@ def score(
         return Scores(found, None)
     conditional = predictive.estimate(sums)
     if found.kind == EXACT:
-        whole = Incomplete.complete(images.fill(truth))
+        whole = Incomplete.hide(images.fill(truth), images.observed | judged)
         value = exactly(model, whole, proposal, conditional).value - found.value
         conditional = replace(found, value=value)
     return Scores(found, conditional)

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
@@ -27,8 +26,8 @@ from model.weights import resample
 
 __all__ = ["Refit", "completed", "polish", "tightened"]
 
-COMPLETE = Objective(bound=iwae, steps=True, p_step="dreg")
-"""What an encoder climbs on complete images."""
+ZERO_FILLED = Objective(bound=iwae, steps=True, p_step="dreg")
+"""What an encoder climbs on images as they are."""
 PARTICLES, BATCH, LEARNING_RATE = 20, 100, 1e-3
 
 
@@ -67,16 +66,16 @@ class Refit:
 
 def tightened(
     model: LatentVariableModel,
-    truth: Float[Tensor, "count channels height width"],
+    images: Incomplete,
     noise: Noise,
     *,
     steps: int,
 ) -> Stages[LatentVariableModel]:
-    """The model with an encoder that was trained for these complete images."""
+    """The model with an encoder that was trained for these very images."""
 
     def climb(fresh: LatentVariableModel, source: Noise) -> None:
-        picked = torch.randint(len(truth), (BATCH,), generator=source.at("batch").generator())
-        _climb(COMPLETE, fresh, Incomplete.complete(truth[picked]), source)
+        picked = torch.randint(len(images), (BATCH,), generator=source.at("batch").generator())
+        _climb(ZERO_FILLED, fresh, images[picked], source)
 
     refit = Refit(model, climb, noise, steps=steps)
     while refit.taken < steps:
@@ -99,7 +98,7 @@ def polish(
         images = batch(source)
         complete = completed(objective, model, images, source.at("completed"))
         _climb(objective, fresh, images, source.at("incomplete"))
-        _climb(COMPLETE, fresh, complete, source.at("complete"))
+        _climb(ZERO_FILLED, fresh, complete, source.at("complete"))
 
     return Refit(model, climb, noise, steps=steps)
 

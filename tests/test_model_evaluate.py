@@ -117,30 +117,44 @@ def test_diagnostics_go_into_the_card_and_can_be_drawn(folder: Path, tmp_path: P
         assert plot.width > 500
 
 
-def test_only_complete_images_are_test_images(folder: Path, tmp_path: Path) -> None:
-    """A hole has no truth: images with one are left out, and all are the same to the rest."""
+def test_what_test_images_lack_is_never_looked_at(folder: Path, tmp_path: Path) -> None:
+    """Whatever stands in a hole, all scores are of pixels that were observed, and are the same."""
     with np.load(tmp_path / "tiny.npz") as stored:
         splits = dict(stored)
     holes = np.zeros_like(splits["test"])
-    holes[5:, 0] = 1
-    np.savez(tmp_path / "tiny.npz", **splits, test_missing=holes)  # pyright: ignore[reportArgumentType]
-    found = evaluate(folder, scores=["raw"], raw_particles=64).results["raw"]
+    holes[:, :, 4:] = 1
+    found = list[dict[str, Any]]()
+    for test in (splits["test"], np.where(holes, 1 - splits["test"], splits["test"])):
+        arrays = splits | {"test": test, "test_missing": holes}
+        np.savez(tmp_path / "tiny.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        card = evaluate(
+            folder,
+            scores=["raw", "tight", "predictive", "diagnostics"],
+            images=8,
+            particles=64,
+            raw_images=8,
+            raw_particles=64,
+            masks=("mcar:1", "mcar:0.5"),
+        )
+        picture(folder, tmp_path / f"{len(found)}.png", missing="half", images=3, particles=64)
+        diagnostics(card.results["diagnostics"], tmp_path / "plot.png")
+        found.append(card.results)
 
-    splits["test"] = splits["test"][:5]
-    np.savez(tmp_path / "tiny.npz", **splits)  # pyright: ignore[reportArgumentType]
-    assert found["images"] == 5
-    assert evaluate(folder, scores=["raw"], raw_particles=64).results["raw"] == found
+    assert found[0] == found[1]
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    assert found[0]["raw"]["what"].startswith("test log p(x_o) of incomplete images")
+    assert found[0]["predictive"][0]["missing_pixels"] == 4 * 6
+    assert "anomaly" not in found[0]["diagnostics"]
 
 
 def test_images_that_cannot_be_scored_are_refused(folder: Path, tmp_path: Path) -> None:
-    """Nothing but holes, and images of another size: the error says what came."""
-    test = np.ones((3, 6, 6), np.uint8)
-    np.savez(tmp_path / "holes.npz", train=test, validation=test, test=test, test_missing=test)
-    other = np.ones((30, 4, 6), np.uint8)
+    """A single one, and images of another size: the error says what came."""
+    one, other = np.ones((1, 6, 6), np.uint8), np.ones((30, 4, 6), np.uint8)
+    np.savez(tmp_path / "one.npz", train=one, validation=one, test=one)
     np.savez(tmp_path / "other.npz", train=other)
 
-    with pytest.raises(DataError, match=r"2 test images or more that lack no .*; got 0 among 3"):
-        evaluate(folder, source=str(tmp_path / "holes.npz"))
+    with pytest.raises(DataError, match=r"Expected 2 test images or more; got 1\."):
+        evaluate(folder, source=str(tmp_path / "one.npz"))
     with pytest.raises(DataError, match=r"shape \(1, 6, 6\), .* got \(1, 4, 6\)"):
         evaluate(folder, source=str(tmp_path / "other.npz"))
 

@@ -107,6 +107,21 @@ def test_every_particle_of_the_posterior_has_the_same_weight():
     torch.testing.assert_close(found.effective_sample_size, torch.full_like(found.value, 70.0))
 
 
+def test_the_conditional_of_the_known_pixels_is_exact():
+    """It is log p(x_k) - log p(x_o), whatever stands where the truth is not known."""
+    model = linear_model()
+    images, other = holes(model, 8), holes(model, 8, seed=2)
+    truth = images.fill(torch.where(other.observed, other.values, torch.nan))
+    noise = NoisePerImage.of(0, range(len(images)))
+    stages = score(model, images, noise, particles=70, truth=truth, known=other.observed)
+    found = finish(stages).conditional
+
+    whole = Incomplete.hide(truth, images.observed | other.observed)
+    expected = exact(model).log_likelihood(whole) - exact(model).log_likelihood(images)
+    assert found is not None
+    torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-10)
+
+
 def test_completions_have_the_exact_mean_and_covariance():
     """The imputed mean and deviation are the conditional's, and the draws have its moments."""
     model = linear_model()

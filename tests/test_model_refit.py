@@ -26,7 +26,7 @@ def _bound(model: LatentVariableModel, truth: Tensor) -> Tensor:
 def test_a_tightened_encoder_bounds_the_same_decoder_more_closely():
     """The bound rises towards log p(x) and stays below it; the decoder is the same to the bit."""
     model, truth = fixed_model(), some_incomplete(40).values
-    tight = finish(tightened(model, truth, Noise(0), steps=150))
+    tight = finish(tightened(model, Incomplete.complete(truth), Noise(0), steps=150))
     exact = Quadrature.of(model).log_likelihood(Incomplete.complete(truth)).mean()
     before, after = _bound(model, truth).mean(), _bound(tight, truth).mean()
 
