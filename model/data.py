@@ -242,8 +242,9 @@ def _dataset(
     name: str, arrays: Arrays, *, source: str, held_out: int | None = None, shuffled: bool = True
 ) -> Dataset:
     parts = {split: _images(arrays, split) for split in SPLITS if split in arrays}
-    if max(int(part.pixels.max()) for part in parts.values()) == 1:
-        parts = {split: replace(part, pixels=part.pixels * 255) for split, part in parts.items()}
+    of_bytes = {split: part for split, part in parts.items() if arrays[split].dtype == np.uint8}
+    if max((int(part.pixels.max()) for part in of_bytes.values()), default=0) == 1:
+        parts |= {s: replace(part, pixels=part.pixels * 255) for s, part in of_bytes.items()}
     held_out = max(1, len(parts["train"]) // 10) if held_out is None else held_out
     for split in ("test", "validation"):
         if split not in parts:
@@ -313,6 +314,10 @@ def _channels_first(
     match array.shape:
         case (0, *_):
             raise DataError(f"Expected at least one image in {name}; got none.")
+        case shape if 0 in shape:
+            raise DataError(
+                f"Expected images with pixels in {name}; got {' x '.join(map(str, shape))}."
+            )
         case (count, area) if math.isqrt(area) ** 2 == area:
             return array.reshape(count, 1, math.isqrt(area), math.isqrt(area))
         case (_, _, _):

@@ -28,7 +28,7 @@ from model.estimators import Quality, estimate
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import Proposal, Stacked, StackedPrior
+from model.proposal import GaussianMixture, Proposal, Stacked, StackedPrior
 from model.refinement import Refinement
 from model.stages import Stages
 
@@ -70,9 +70,12 @@ class Use:
 
 
 @torch.no_grad()
-def latent_use(model: LatentVariableModel, images: Incomplete, noise: Source) -> Use:
-    r"""How the latents are used on these images, by the encoder's proposal as in training.
+def latent_use(
+    model: LatentVariableModel, images: Incomplete, noise: Source, *, two_pass: bool = True
+) -> Use:
+    r"""How the latents are used on these images, by the encoder's proposal.
 
+    That sees them filled by the model, or without `two_pass` with zeros, as in training.
     Of two stochastic layers the lower one's part is that of $\mathbb E_q[\log q(z_1 \mid x) -
     \log p(z_1 \mid z_2)]$, by draws, and the upper one's of $\mathbb E_q[\mathrm{KL}(q(z_2 \mid
     z_1) \,\|\, p(z_2))]$.
@@ -81,7 +84,7 @@ def latent_use(model: LatentVariableModel, images: Incomplete, noise: Source) ->
         posterior = model.posterior(images)
         mean, log_std = posterior.mean[:, 0], 0.5 * posterior.factor[:, 0].square().sum(-1).log()
         return Use(mean.var(0), _divergence(mean, log_std).mean(0))
-    proposal = model.two_pass(images, noise, imputations=1)
+    proposal = _encoded(model, images, noise, two_pass=two_pass)
     mean, log_std = proposal.lower.mean[:, 0], proposal.lower.log_std[:, 0]
     if not isinstance(proposal, Stacked) or not isinstance(model.prior, StackedPrior):
         return Use(mean.var(0), _divergence(mean, log_std).mean(0))
@@ -98,6 +101,14 @@ def latent_use(model: LatentVariableModel, images: Incomplete, noise: Source) ->
         torch.cat([mean.var(0), above.mean(1).var(0)]),
         torch.cat([ratio.mean((0, 1)), upper.mean((0, 1))]),
     )
+
+
+def _encoded(
+    model: LatentVariableModel, images: Incomplete, noise: Source, *, two_pass: bool
+) -> GaussianMixture | Stacked:
+    if two_pass:
+        return model.two_pass(images, noise, imputations=1)
+    return model.zero_filled(images)
 
 
 def _divergence(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -127,9 +138,10 @@ def gaps(
     *,
     quality: Quality,
     particles: int,
+    two_pass: bool = True,
 ) -> Stages[Gaps]:
     """The gaps of the encoder's proposal, with log p(x_o) by an estimator of this quality."""
-    own = model.two_pass(images, noise.at("own"), imputations=1)
+    own = _encoded(model, images, noise.at("own"), two_pass=two_pass)
     best = Refinement(steps=REFINED).refined(model, images, own, noise.at("best"))
     yield
     found = yield from estimate(

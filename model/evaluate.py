@@ -44,6 +44,7 @@ from model.latent import LatentVariableModel
 from model.likelihood import Estimate, Scores, score
 from model.masks import Incomplete, mechanism
 from model.noise import Noise, NoisePerImage
+from model.objectives import OBJECTIVES
 from model.refit import BATCH, tightened
 from model.stages import Stages, finish
 
@@ -100,7 +101,9 @@ def evaluate(
     read.model.compiled()
     if "tight" in scores and read.model.exact is not None:
         raise ValueError("Expected a model with an encoder for tight; got one that needs none.")
-    test = _Test(read, examples(read.card, seed, source=source), seed, Console(stderr=True))
+    truth = examples(read.card, seed, source=source)
+    _check_test(truth, masks, seed)
+    test = _Test(read, truth, seed, Console(stderr=True))
     fresh: dict[str, Any] = {}
     if "raw" in scores:
         fresh["raw"] = test.raw(raw_images, particles=raw_particles)
@@ -142,9 +145,11 @@ def picture(
     Raises:
         CheckpointError, DataError: As of `evaluate`.
         ValueError: There are not so many images, or too little of a number.
+        OSError: There is no place for the picture.
     """
     for name, count in (("images", images), ("draws", draws), ("particles", particles)):
         _check(count, 1, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     read = checkpoint.read(folder)
     truth = examples(read.card, seed, source=source)[: AMONG if ambiguous else images]
     if images > len(truth):
@@ -189,7 +194,7 @@ class _Test:
 
     def raw(self, images: int | None, *, particles: int) -> dict[str, Any]:
         """Log p(x) by the encoder's own proposal."""
-        return self._whole(self.read.model, self.truth[:images], "raw", particles, "own")
+        return self._whole(self.read.model, self.truth[:images], "raw", particles)
 
     def tight(self, images: int | None, *, particles: int) -> dict[str, Any]:
         """Log p(x) by an encoder that was refitted on these images; the decoder is as it was."""
@@ -197,8 +202,14 @@ class _Test:
         steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
         stages = tightened(self.read.model, truth, Noise(self.seed).at("tight"), steps=steps)
         model = _watched(stages, steps, "refit", self.show).frozen()
-        result = self._whole(model, truth, "tight", particles, "zero-filled")
+        result = self._whole(model, truth, "tight", particles, two_pass=False)
         return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether the encoder was trained on images that were filled, and not with zeros."""
+        last = self.read.card.objective.rpartition(",")[2].strip()
+        return last not in OBJECTIVES or OBJECTIVES[last].two_pass
 
     def _whole(
         self,
@@ -206,9 +217,11 @@ class _Test:
         truth: Incomplete,
         title: str,
         particles: int,
-        proposal: str,
+        *,
+        two_pass: bool | None = None,
     ) -> dict[str, Any]:
         """Log p of all that is known of the images."""
+        proposal = _own(two_pass=self.two_pass if two_pass is None else two_pass)
 
         def work(index: Int[Tensor, " chunk"]) -> Scores:
             noise = NoisePerImage.of(self.seed, index.tolist())
@@ -222,7 +235,7 @@ class _Test:
             else "test log p(x_o) of incomplete images, nats an image",
             **_summary(scores),
             "particles": particles,
-            "proposal": proposal,
+            "proposal": "own",
             "estimator": scores[0].estimator,
             "seed": self.seed,
         }
@@ -235,8 +248,6 @@ class _Test:
         hidden = hide(truth, spec, self.seed)
         judged = truth.observed & ~hidden.observed
         missing = judged.sum().item() / len(truth)
-        if not missing:
-            raise ValueError(f"Expected masks that hide some pixels; got {spec}.")
 
         def work(index: Int[Tensor, " chunk"]) -> Scores:
             noise = NoisePerImage.of(self.seed, index.tolist())
@@ -245,7 +256,7 @@ class _Test:
                 hidden[index],
                 noise,
                 particles=particles,
-                proposal=proposal,
+                proposal=_own(two_pass=self.two_pass) if proposal == "own" else proposal,
                 truth=truth.values[index],
                 known=judged[index],
             )
@@ -269,8 +280,9 @@ class _Test:
     def diagnostics(self, images: int, masks: Sequence[str], *, particles: int) -> dict[str, Any]:
         """What the latents do, what the ELBO loses, and what comes true of what is predicted."""
         truth, model = self.truth[:images], self.read.model
-        use = latent_use(model, hide(truth, masks[0], self.seed), Noise(self.seed).at("use"))
-        own = Incomplete.complete(model.sample(len(truth), Noise(self.seed).at("own")))
+        hidden, noise = hide(truth, masks[0], self.seed), Noise(self.seed)
+        use = latent_use(model, hidden, noise.at("use"), two_pass=self.two_pass)
+        own = Incomplete.complete(model.sample(len(truth), noise.at("own")))
         found: dict[str, Any] = {
             "images": len(truth),
             "mask": masks[0],
@@ -363,10 +375,15 @@ class _Test:
 
         def work(index: Int[Tensor, " chunk"]) -> Gaps:
             noise = NoisePerImage.of(self.seed, index.tolist()).at("gaps")
-            high = QUALITIES["high"]
-            return finish(
-                gaps(self.read.model, hidden[index], noise, quality=high, particles=particles)
+            stages = gaps(
+                self.read.model,
+                hidden[index],
+                noise,
+                quality=QUALITIES["high"],
+                particles=particles,
+                two_pass=self.two_pass,
             )
+            return finish(stages)
 
         parts = list(in_chunks(work, len(hidden), "gaps", self.show))
         found: dict[str, Any] = {"images": len(hidden), "mask": spec, "particles": particles}
@@ -398,6 +415,21 @@ class _Test:
             parts = in_chunks(work, len(hidden), f"percentiles, {name}", self.show, chunk=1)
             found[name] = _rounded(torch.cat(list(parts)))
         return found
+
+
+def _own(*, two_pass: bool) -> str:
+    """The name of an encoder's proposal that sees images as in training."""
+    return "own" if two_pass else "zero-filled"
+
+
+def _check_test(truth: Incomplete, masks: Sequence[str], seed: int) -> None:
+    if len(truth) < FEWEST:
+        raise data.DataError(f"Expected {FEWEST} test images or more; got {len(truth)}.")
+    idle = [
+        spec for spec in masks if torch.equal(hide(truth, spec, seed).observed, truth.observed)
+    ]
+    if idle or not masks:
+        raise ValueError(f"Expected masks that hide some pixels; got {', '.join(idle) or masks}.")
 
 
 def _check(count: int | None, least: int, name: str) -> None:
@@ -468,15 +500,19 @@ def in_chunks(
 def examples(card: Card, seed: int, *, source: str | None = None) -> Incomplete:
     """The test images in an order drawn by the seed: files are often sorted by class.
 
-    They are those of the card's data set, or of one at another place.
+    They are those of the card's data set, which may be at another place.
 
     Raises:
-        DataError: There are fewer than two, or they have not the size of the model's images.
+        DataError: It is another data set, or has not the size of the model's images.
     """
-    test = data.load(source or card.data["name"]).test
-    pixels = test.pixels
-    if len(pixels) < FEWEST:
-        raise data.DataError(f"Expected {FEWEST} test images or more; got {len(pixels)}.")
+    dataset = data.load(source or card.data["name"])
+    if card.data.get("sha256", dataset.sha256) != dataset.sha256:
+        raise data.DataError(
+            f"Expected the images that {card.name} was trained on, of sha256 "
+            f"{card.data['sha256']}, whose test images it has not seen; got others from "
+            f"{source or dataset.name}, of {dataset.sha256}."
+        )
+    test, pixels = dataset.test, dataset.test.pixels
     if (got := tuple(pixels.shape[1:])) != card.architecture.image_shape:
         raise data.DataError(
             f"Expected test images of the model's shape {card.architecture.image_shape}, "

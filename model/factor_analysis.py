@@ -108,7 +108,7 @@ def fit(
     Raises:
         ValueError: There are no images, or no pixel was observed in any.
     """
-    model = _start(batches, latent, noise)
+    model = _start(batches, latent, noise, isotropic=isotropic)
     history: list[float] = []
     for index in range(iterations + 1):
         sums = _Sums.of(model, batches)
@@ -121,8 +121,13 @@ def fit(
     return model, history
 
 
-def _start(batches: Iterable[Incomplete], latent: int, noise: Noise) -> FactorAnalysis:
-    """Each pixel's mean and variance where it was seen, and small random loadings."""
+def _start(
+    batches: Iterable[Incomplete], latent: int, noise: Noise, *, isotropic: bool
+) -> FactorAnalysis:
+    """Each pixel's mean and variance, or all pixels' one, where seen, and random loadings.
+
+    It is of the family that EM stays in: from outside, the first M-step could lose likelihood.
+    """
     count = total = squares = torch.zeros((), dtype=torch.float64)
     for images in batches:
         values, seen = images.values.flatten(1).double(), images.observed.flatten(1)
@@ -132,6 +137,8 @@ def _start(batches: Iterable[Incomplete], latent: int, noise: Noise) -> FactorAn
         raise ValueError("Expected images with observed pixels; got none.")
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=SMALLEST_VARIANCE)
+    if isotropic:
+        variance = ((count * variance).sum() / count.sum()).expand_as(variance)
     directions = noise.at("loadings").normal(len(mean), latent, like=mean)
     return FactorAnalysis((variance / latent).sqrt()[:, None] * directions, mean, variance)
 
@@ -186,10 +193,11 @@ class _Sums:
         weights = torch.linalg.solve(moments, self.crossed)
         misfit = self.squares - (weights * self.crossed).sum(-1)
         variance = misfit / self.counts.clamp(min=1)
+        variance = torch.where(seen, variance, model.variance)
         if isotropic:
-            variance = (misfit.sum() / self.counts.sum()).expand_as(variance)
+            variance = (misfit[seen].sum() / self.counts.sum()).expand_as(variance)
         return FactorAnalysis(
             torch.where(seen[:, None], weights[:, :-1], model.loadings),
             torch.where(seen, weights[:, -1], model.offset),
-            torch.where(seen, variance, model.variance).clamp(min=SMALLEST_VARIANCE),
+            variance.clamp(min=SMALLEST_VARIANCE),
         )

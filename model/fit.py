@@ -4,6 +4,7 @@ It is fitted by EM to the grey levels from 0 to 1 that are observed, in closed f
 like any model: every log p(x_o) is exact, and its completions are linear ones to compare with.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,8 @@ class Fit:
         for name in ("latent", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} of at least 1; got {getattr(self, name)}.")
-        if not self.tolerance >= 0:
-            raise ValueError(f"Expected a tolerance of at least 0; got {self.tolerance}.")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"Expected a finite tolerance of at least 0; got {self.tolerance}.")
 
 
 def fit(folder: Path, asked: Fit, *, console: Console | None = None) -> Card:
@@ -60,9 +61,11 @@ def fit(folder: Path, asked: Fit, *, console: Console | None = None) -> Card:
         DataError: There are no such data, or nothing of them is observed.
         MechanismError: There is no such missingness.
         ValueError: The folder is there already.
+        OSError: It cannot be made.
     """
     if folder.exists():
         raise ValueError(f"Expected a new folder for the checkpoint; got {folder}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     dataset = data.load(asked.data)
     train, validation = (_batches(asked, dataset, part) for part in ("train", "validation"))

@@ -148,8 +148,11 @@ def _strokes(argument: str) -> Mechanism:
         grid = torch.stack(
             torch.meshgrid(*(torch.arange(side) + 0.5 for side in shape[1:]), indexing="ij"), -1
         )
-        hidden = _distance(grid, ends) <= radius[:, :, None, None]
-        return _every_channel(~hidden.any(1), shape)
+        hidden = [
+            (_distance(grid, some) <= wide[:, :, None, None]).any(1)
+            for some, wide in zip(ends.split(AT_ONCE), radius.split(AT_ONCE), strict=True)
+        ]
+        return _every_channel(~torch.cat(hidden), shape)
 
     return draw
 
@@ -186,11 +189,13 @@ FORMS = (
     "block[:SIDE]",
     "half",
     "strokes[:N]",
-    "file:MASKS.npy (true, or above 127, is missing)",
+    "file:MASKS.npy (true, 1 in masks of 0 and 1, or above 127, is missing)",
 )
 
 NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
 MISSING_ABOVE = 127
+AT_ONCE = 64
+"""Images whose strokes are drawn together, for the memory that every pixel's distances take."""
 
 
 def _masks_of(path: Path) -> Bool[Tensor, "masks height width"]:
@@ -203,7 +208,13 @@ def _masks_of(path: Path) -> Bool[Tensor, "masks height width"]:
             "Expected an array of masks, each of height x width; "
             f"got {getattr(array, 'shape', 'several arrays')}."
         )
-    missing = array if array.dtype == np.bool_ else array > MISSING_ABOVE
+    largest = array.max()
+    if not (largest <= 1 or largest > MISSING_ABOVE):
+        raise ValueError(
+            f"Expected masks of booleans, of 0 and 1, or with values above {MISSING_ABOVE} where "
+            f"pixels are missing; got {largest} at most."
+        )
+    missing = array > (0 if largest <= 1 else MISSING_ABOVE)
     return torch.from_numpy(missing).reshape(-1, *array.shape[-2:])
 
 

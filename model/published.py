@@ -1,7 +1,7 @@
 """The data sets of the literature: where they are published, and how their files are read.
 
 A data set is found as one `.npz` archive or as its public files, which `fetch` brings;
-none is trusted whose hash is not the one expected, and no reader can execute what a file holds.
+none is fetched whose hash is not the one expected, and no reader can execute what a file holds.
 """
 
 import gzip

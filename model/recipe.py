@@ -172,6 +172,11 @@ class Recipe:
             "svi_rate": bool(self.svi_steps),
             "svi_through": bool(self.svi_steps),
         }
+        if self.begun(self.epochs) >= self.epochs:
+            raise RecipeError(
+                f"Expected epochs beyond the {self.begun(self.epochs)} that come before the last "
+                f"objective of {self.objective}; got {self.epochs}."
+            )
         for name, heed in heeded.items():
             idle = next(f.default for f in fields(Recipe) if f.name == name)
             if not heed and getattr(self, name) != idle:

@@ -16,6 +16,7 @@ lost is made again: an epoch's metrics, then the state that counts the epoch, th
 A folder may be moved to another machine; the weights then are those of both machines' arithmetic.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from model import checkpoint, data
 from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
-from model.data import Split
+from model.data import Dataset, Split
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Noise
@@ -118,6 +119,7 @@ class Run:
         architecture = replace(recipe.architecture, image_shape=(channels, height, width))
         self.recipe = replace(recipe, architecture=architecture)
         self.noise = Noise(recipe.seed)
+        self.images = _content(self.dataset, recipe.missing)
         self.train = self._split("train")
         self.validation = self._split("validation")
         self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch)
@@ -430,7 +432,7 @@ class Run:
         tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in state.best.items()}
         place = {name: getattr(state, name) for name in PLACE}
-        place["data"] = self.dataset.sha256
+        place["data"] = self.images
         self._keep(STATE, {**tensors, **_kept(state.optimizer)}, place)
         _write(self.folder / LEDGER, self.ledger + self._entry())
 
@@ -523,10 +525,11 @@ class Run:
 
     def _restore(self) -> None:
         place, parts = self._read(STATE)
-        if place.get("data", self.dataset.sha256) != self.dataset.sha256:
+        if place.get("data", self.images) != self.images:
             raise RecipeError(
-                f"Expected the images that the run in {self.folder} began with, of sha256 "
-                f"{place['data']}; got others from {self.recipe.data}, of {self.dataset.sha256}."
+                f"Expected the images and masks that the run in {self.folder} began with, of "
+                f"sha256 {place['data']}; got others from {self.recipe.data} and "
+                f"{self.recipe.missing}, of {self.images}."
             )
         give_moments(self.state.optimizer, parts["adam"])
         self.state.model.load_state_dict(parts["model"])
@@ -595,6 +598,14 @@ def _put(fresh: Path, path: Path) -> None:
 
 def _copy(model: LatentVariableModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _content(dataset: Dataset, missing: str) -> str:
+    """A hash of all that a run reads: the images, and their masks where these are a file."""
+    kind, _, path = missing.partition(":")
+    if kind != "file":
+        return dataset.sha256
+    return hashlib.sha256(dataset.sha256.encode() + Path(path).read_bytes()).hexdigest()
 
 
 def _pick(device: str) -> torch.device:

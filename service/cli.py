@@ -124,7 +124,7 @@ def fit(
             seed=seed,
         )
         card = climb(out, asked)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     training = card.training
     typer.echo(
@@ -173,7 +173,7 @@ def evaluate(
             source=data,
             seed=seed,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     _show(card.results)
     if "diagnostics" in asked:
@@ -202,7 +202,10 @@ def reproduce(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     docs: Annotated[Path, typer.Option(help="Where results.md and results/ go.")] = Path("docs"),
 ) -> None:
-    """Train and score what is not done yet of a table of the slides, and write its results."""
+    """Train and score what is not done yet of a table of the slides, and write its results.
+
+    Ends with status 1 while something is left.
+    """
     _needs_plots()
     from model.reproduce import reproduce as run  # noqa: PLC0415
     from model.tables import SCHEDULES, TABLES, cells  # noqa: PLC0415
@@ -216,17 +219,23 @@ def reproduce(
     chosen = list(cells(table, schedule=schedule, seeds=seeds, only=only or ()))
     if not chosen:
         fail(f"Expected parts of the names of cells; got {', '.join(only or ())!r}.")
+    try:
+        docs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"Expected a folder for docs; got {docs}: {error}.")
     with commands() as call:
-        run(
+        done = run(
             chosen,
             call,
             runs=runs,
             docs=docs,
-            minutes=int(budget[:-1]) * units[budget[-1]],
+            minutes=float(budget[:-1]) * units[budget[-1]],
             jobs=jobs,
             threads=threads or _threads(jobs),
             console=Console(highlight=False),
         )
+    if not done:
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -287,7 +296,7 @@ def picture(
             source=data,
             seed=seed,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
 
@@ -326,7 +335,7 @@ def fetch(name: str) -> None:
     try:
         for path in data.fetch(name):
             typer.echo(path)
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:
         fail(str(error))
 
 

@@ -165,6 +165,20 @@ def test_file_that_is_no_archive(content: bytes, tmp_path: Path) -> None:
         load(str(tmp_path / "mine.npz"))
 
 
+def test_bytes_of_0_and_1_beside_floats(tmp_path: Path) -> None:
+    """Whether a byte of 1 is white is a matter of the bytes, not of other splits' numbers."""
+    ones = np.ones((12, 2, 2))
+    path = _archive(
+        tmp_path,
+        train=ones.astype(np.float32),
+        validation=(ones * 0.004).astype(np.float32),
+        test=ones.astype(np.uint8),
+    )
+    dataset = load(path)
+
+    assert [int(part.pixels.max()) for part in _splits(dataset)] == [255, 1, 255]
+
+
 def test_content_hash_sees_pixels_masks_and_splits(tmp_path: Path) -> None:
     """Two data sets have one hash only if every split, pixel and mask is the same."""
     train, hole = _images(0, 12, 4, 4), np.zeros((12, 4, 4), bool)

@@ -1,6 +1,7 @@
 """Evaluation: the card is filled with what was measured, and pictures show it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from model import checkpoint
 from model.checkpoint import Card, Checkpoint
 from model.curves import diagnostics
 from model.data import DataError
-from model.evaluate import evaluate, picture
-from model.latent import Architecture
-from model.noise import Noise
+from model.evaluate import evaluate, examples, picture
+from model.latent import Architecture, LatentVariableModel
+from model.likelihood import score
+from model.noise import Noise, NoisePerImage
+from model.refit import tightened
+from model.stages import finish
 
 
 @pytest.fixture
@@ -117,38 +121,77 @@ def test_diagnostics_go_into_the_card_and_can_be_drawn(folder: Path, tmp_path: P
         assert plot.width > 500
 
 
-def test_what_test_images_lack_is_never_looked_at(folder: Path, tmp_path: Path) -> None:
-    """Whatever stands in a hole, all scores are of pixels that were observed, and are the same."""
+@pytest.mark.parametrize(("objective", "own"), [("miss-iwem", "own"), ("iwem", "zero-filled")])
+def test_what_test_images_lack_is_never_looked_at(
+    folder: Path, tmp_path: Path, objective: str, own: str
+) -> None:
+    """All scores are of pixels that were observed: here of a column, and that is white.
+
+    The encoder sees the others as in its training: filled by the model, or as zeros.
+    """
+    checkpoint.rewrite_card(folder, replace(checkpoint.read_card(folder), objective=objective))
     with np.load(tmp_path / "tiny.npz") as stored:
         splits = dict(stored)
-    holes = np.zeros_like(splits["test"])
-    holes[:, :, 4:] = 1
-    found = list[dict[str, Any]]()
-    for test in (splits["test"], np.where(holes, 1 - splits["test"], splits["test"])):
-        arrays = splits | {"test": test, "test_missing": holes}
-        np.savez(tmp_path / "tiny.npz", **arrays)  # pyright: ignore[reportArgumentType]
-        card = evaluate(
-            folder,
-            scores=["raw", "tight", "predictive", "diagnostics"],
-            images=8,
-            particles=64,
-            raw_images=8,
-            raw_particles=64,
-            masks=("mcar:1", "mcar:0.5"),
-        )
-        picture(folder, tmp_path / f"{len(found)}.png", missing="half", images=3, particles=64)
-        diagnostics(card.results["diagnostics"], tmp_path / "plot.png")
-        found.append(card.results)
+    holes = np.ones_like(splits["test"])
+    holes[:, :, 0] = 0
+    arrays = splits | {"test": np.ones_like(holes), "test_missing": holes}
+    np.savez(tmp_path / "tiny.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    card = evaluate(
+        folder,
+        scores=["raw", "tight", "predictive", "diagnostics"],
+        images=8,
+        particles=64,
+        raw_images=8,
+        raw_particles=64,
+        masks=("mcar:1", "mcar:0.5"),
+    )
+    found, model = card.results, checkpoint.read(folder).model
+    images = examples(card, 0)[:8]
+    steps = found["tight"]["refit_steps"]
+    refitted = finish(tightened(model, images, Noise(0).at("tight"), steps=steps))
 
-    assert found[0] == found[1]
-    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
-    assert found[0]["raw"]["what"].startswith("test log p(x_o) of incomplete images")
-    assert found[0]["predictive"][0]["missing_pixels"] == 4 * 6
-    assert "anomaly" not in found[0]["diagnostics"]
+    def expected(model: LatentVariableModel, proposal: str) -> float:
+        noise = NoisePerImage.of(0, range(8))
+        stages = score(model, images, noise, particles=64, proposal=proposal)
+        return finish(stages).log_likelihood.value.mean().item()
+
+    assert images.observed.sum() == images.values.sum() == 8 * 6
+    assert found["raw"]["what"].startswith("test log p(x_o) of incomplete images")
+    assert found["raw"]["mean"] == pytest.approx(expected(model, own), abs=1e-3)
+    assert found["tight"]["mean"] == pytest.approx(expected(refitted, "zero-filled"), abs=1e-3)
+    assert found["predictive"][0]["missing_pixels"] == 6
+    hidden, *_ = found["diagnostics"]["calibration"]
+    assert sum(hidden["pixels"]) == 8 * 6
+    assert hidden["rank_counts"][-1] == 8  # all draws have less ink in the column, or as much
+    assert "anomaly" not in found["diagnostics"]
+    diagnostics(found["diagnostics"], tmp_path / "plot.png")
+
+
+def test_a_picture_of_one_test_image(folder: Path, tmp_path: Path) -> None:
+    """It is enough for a picture, and the folder of that is made."""
+    one = np.ones((1, 6, 6), np.uint8)
+    np.savez(tmp_path / "one.npz", train=one, validation=one, test=one)
+    path = tmp_path / "pictures" / "one.png"
+    picture(folder, path, images=1, particles=64, source=str(tmp_path / "one.npz"))
+
+    assert path.exists()
+
+
+def test_a_picture_shows_what_is_not_known(folder: Path, tmp_path: Path) -> None:
+    """In the truth's row it is grey, as in the row of what was seen."""
+    with np.load(tmp_path / "tiny.npz") as stored:
+        splits = dict(stored)
+    arrays = splits | {"test_missing": np.ones_like(splits["test"])}
+    np.savez(tmp_path / "tiny.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    picture(folder, tmp_path / "picture.png", missing="none", images=2, draws=1, particles=64)
+
+    with Image.open(tmp_path / "picture.png") as image:
+        truth = np.asarray(image)[1:13, 1:13]
+    assert (truth == 128).all()
 
 
 def test_images_that_cannot_be_scored_are_refused(folder: Path, tmp_path: Path) -> None:
-    """A single one, and images of another size: the error says what came."""
+    """A single one, images of another size, and other than those of the training."""
     one, other = np.ones((1, 6, 6), np.uint8), np.ones((30, 4, 6), np.uint8)
     np.savez(tmp_path / "one.npz", train=one, validation=one, test=one)
     np.savez(tmp_path / "other.npz", train=other)
@@ -157,6 +200,10 @@ def test_images_that_cannot_be_scored_are_refused(folder: Path, tmp_path: Path) 
         evaluate(folder, source=str(tmp_path / "one.npz"))
     with pytest.raises(DataError, match=r"shape \(1, 6, 6\), .* got \(1, 4, 6\)"):
         evaluate(folder, source=str(tmp_path / "other.npz"))
+    card = checkpoint.read_card(folder)
+    checkpoint.rewrite_card(folder, replace(card, data={**card.data, "sha256": "of the training"}))
+    with pytest.raises(DataError, match=r"trained on, of sha256 of the training, .*got others .*"):
+        evaluate(folder)
 
 
 @pytest.mark.parametrize(

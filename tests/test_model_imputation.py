@@ -335,6 +335,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.timeout(600)  # convolutions take half a minute of a processor that has no other work
 @pytest.mark.parametrize("member", FAMILY)
 def test_the_truth_is_like_a_draw_of_every_network_and_likelihood(member: str):
     """The ranks are as even of one layer or two, of any network, of binary and real pixels."""

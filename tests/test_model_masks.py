@@ -207,6 +207,14 @@ def test_grey_masks_are_cut_above_127(mask_files: np.ndarray):
     assert torch.equal(_draw("file:grey.npy", 7)[:, 0], ~torch.from_numpy(mask_files))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32])
+def test_masks_of_0_and_1_are_missing_where_they_are_1(mask_files: np.ndarray, kind: type):
+    """As those that were saved as numbers."""
+    np.save("numbers.npy", mask_files.astype(kind))
+
+    assert torch.equal(_draw("file:numbers.npy", 7)[:, 0], ~torch.from_numpy(mask_files))
+
+
 def test_masks_of_another_size_are_refused():
     """The error names the expected size, the file and the size that came."""
     with pytest.raises(MechanismError, match=r"Expected masks of 6x5 .*one\.npy; got 28x28"):
@@ -235,6 +243,8 @@ REFUSED = {
     "file:flat.npy": r"Expected an array of masks, each of height x width; got \(784,\)",
     "file:none.npy": r"Expected an array of masks, each of height x width; got \(0, 28, 28\)",
     "file:several.npz": r"Expected an array of masks, .* got several arrays",
+    "file:grey.npy": r"Expected masks of booleans, .* above 127 .*; got 100 at most",
+    "file:nan.npy": r"Expected masks of booleans, .* above 127 .*; got nan at most",
 }
 
 
@@ -247,6 +257,8 @@ def test_what_cannot_be_read_is_refused(spec: str, message: str):
     np.save("flat.npy", np.zeros(784, dtype=bool))
     np.save("none.npy", np.zeros((0, 28, 28), dtype=bool))
     np.savez("several.npz", a=np.zeros(1), b=np.zeros(1))
+    np.save("grey.npy", np.full((28, 28), 100, dtype=np.uint8))
+    np.save("nan.npy", np.full((28, 28), np.nan))
 
     with pytest.raises(MechanismError, match=message):
         mechanism(spec)

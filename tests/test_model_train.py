@@ -837,6 +837,10 @@ def test_recipe_files(tmp_path: Path) -> None:
         ({"objective": "vae:9,iwae", "m_step": "sampled"}, r"Expected m_step marginal .* sampled"),
         ({"objective": "iwem", "imputations": 4}, r"Expected imputations 1 with objective iwem"),
         ({"objective": "iwem", "first_pass": True}, r"Expected first_pass False .* got True"),
+        (
+            {"objective": "vae:50,iwae", "epochs": 50},
+            r"Expected epochs beyond the 50 that come before .* vae:50,iwae; got 50\.",
+        ),
         ({"svi_rate": 0.5}, r"Expected svi_rate 0\.1 .* svi_steps 0, .*; got 0\.5"),
         ({"svi_through": True}, r"Expected svi_through False .* svi_steps 0, .*; got True"),
         ({"missing": "rain"}, r"Expected a missingness of .*; got 'rain'\."),
@@ -917,6 +921,19 @@ def test_other_images_are_refused(bars: str, tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match=r"Expected the images .* began with, of sha256 .*bars"):
         _train(folder, bars, resume=True)
+
+
+def test_other_masks_are_refused(bars: str, tmp_path: Path) -> None:
+    """Those of a file belong to a run as its images do."""
+    masks = np.random.default_rng(0).random((2, 40, 6, 6)) < 0.3
+    np.save(tmp_path / "masks.npy", masks[0])
+    missing = f"file:{tmp_path / 'masks.npy'}"
+    folder = _train(tmp_path / "run", bars, missing=missing)
+    _train(folder, bars, missing=missing, resume=True)
+    np.save(tmp_path / "masks.npy", masks[1])
+
+    with pytest.raises(RecipeError, match=r"Expected the images and masks .* got .*masks\.npy"):
+        _train(folder, bars, missing=missing, resume=True)
 
 
 def test_damaged_state_is_named(bars: str, tmp_path: Path) -> None:

@@ -165,6 +165,39 @@ def test_without_what_draws_plots_nothing_is_begun(
     assert 'pip install ".[train]"' in result.output
 
 
+def test_what_cannot_be_written_is_said_first(tmp_path: Path):
+    """A file where a folder should be: a sentence and status 2, before anything is computed."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "file").touch()
+    np.savez(tmp_path / "grey.npz", train=np.ones((60, 6, 6), np.float32))
+    data = f"--data={tmp_path / 'grey.npz'}"
+    words = [
+        ("picture", str(tmp_path / "tiny"), str(tmp_path / "file" / "picture.png"), data),
+        ("fit", str(tmp_path / "file" / "model"), data),
+        ("reproduce", "complete", "--only=static-mnist-mlp.vae", f"--docs={tmp_path / 'file'}"),
+    ]
+
+    for called in (_call(*each) for each in words):
+        assert called.exit_code == 2
+        assert "file" in called.output
+        assert "Traceback" not in called.output
+
+
+def test_a_table_that_is_not_done_ends_with_1(tmp_path: Path):
+    """So that a script can tell, though the page is written."""
+    called = _call(
+        "reproduce",
+        "complete",
+        "--only=static-mnist-mlp.vae",
+        "--budget=0h",
+        f"--docs={tmp_path / 'docs'}",
+        f"--runs={tmp_path / 'runs'}",
+    )
+
+    assert called.exit_code == 1
+    assert (tmp_path / "docs" / "results.md").exists()
+
+
 def test_factor_analysis_is_fitted_evaluated_and_drawn(tmp_path: Path):
     """From a file of grey images to a checkpoint with results and a plot."""
     levels = np.random.default_rng(0).random((60, 6, 5)).astype(np.float32)
