@@ -142,7 +142,7 @@ def test_the_readme_gives_the_calibration_of_the_card() -> None:
     assert f"**{six['expected_calibration_error']:.3f}** with 6" in README
     assert f"**{100 * three['coverage']:.1f}%** have" in README
     assert f"χ² over the ranks: p = {three['rank_p_value']:.0e}" in README
-    assert f"p = {own['rank_p_value']}" in README
+    assert f"even (p = {own['rank_p_value']}), and {100 * own['coverage']:.1f}% lie" in README
 
 
 def test_the_readme_gives_the_calibration_of_the_other_card() -> None:
@@ -151,10 +151,11 @@ def test_the_readme_gives_the_calibration_of_the_other_card() -> None:
     three, six, own = card.results["diagnostics"]["calibration"]
 
     assert f"`checkpoints/{card.name}`" in README
-    assert f"there (p = {three['rank_p_value']}, {100 * three['coverage']:.1f}% " in README
-    assert f"with 6 (p = {six['rank_p_value']:.0e})" in README
-    assert f"error is {three['expected_calibration_error']:.3f}, " in README
-    assert f"own images p = {own['rank_p_value']}" in README
+    assert f": {100 * three['coverage']:.1f}% lie within the central 90% there" in README
+    assert f"there (p = {three['rank_p_value']}; " in README
+    assert f"uneven (p = {six['rank_p_value']:.0e})" in README
+    assert f"error is {three['expected_calibration_error']}; " in README
+    assert f"images {100 * own['coverage']:.1f}% do (p = {own['rank_p_value']}; " in README
     found, predicted = card.results["raw"]["mean"], card.results["predictive"][0]["mean"]
     assert f"log p(x) is −{-found:.2f} by" in README
     assert f"missing {-predicted:.1f} nats" in README
