@@ -78,7 +78,7 @@ def annealed(
         raise ValueError(f"Expected a multiple of {components} chains; got {chains}.")
     path = _Path.of(model, images, start, chains)
     at = path.point(noise.at("start").normal(batch, chains, size, like=start.mean))
-    log_w = torch.zeros_like(at.log_joint)
+    log_w = torch.zeros_like(at.log_ratio)
     accepted = torch.zeros_like(log_w)
     ladder = torch.linspace(-LADDER, LADDER, temperatures + 1).sigmoid().tolist()
     betas = [(rung - ladder[0]) / (ladder[-1] - ladder[0]) for rung in ladder]
@@ -86,7 +86,7 @@ def annealed(
     for index in range(temperatures + further):
         if index < temperatures:
             rise = betas[index + 1] - betas[index]
-            log_w = log_w + rise * (at.log_joint - at.log_start)
+            log_w = log_w + rise * at.log_ratio
         beta = betas[min(index + 1, temperatures)]
         at, moved = path.transition(at, beta, noise.at("transition", index))
         accepted = accepted + moved
@@ -102,21 +102,18 @@ class _Point:
 
     u: Latents
     standard: Latents
-    log_start: PerParticle
-    """The logarithm of q(z)."""
-    log_joint: PerParticle
-    """The logarithm of p(x_o, z)."""
-    start_slope: Latents
-    joint_slope: Latents
-    """The gradients of the two in u."""
+    log_ratio: PerParticle
+    """The logarithm of p(x_o, z) / q(z)."""
+    rise: Latents
+    """Its gradient in u."""
 
     def height(self, beta: float) -> PerParticle:
         """The logarithm of f_β(j, z) but for a constant; that of q_j(z) is -|u|²/2."""
-        return beta * (self.log_joint - self.log_start) - 0.5 * self.u.square().sum(-1)
+        return beta * self.log_ratio - 0.5 * self.u.square().sum(-1)
 
     def slope(self, beta: float) -> Latents:
         """Its gradient."""
-        return beta * (self.joint_slope - self.start_slope) - self.u
+        return beta * self.rise - self.u
 
     def where(self, moves: Bool[Tensor, "batch chains"], other: "_Point") -> "_Point":
         """The other point of those chains that move."""
@@ -163,8 +160,8 @@ class _Path:
         standard = self.mean + (self.factor @ u[..., None])[..., 0]
         log_start, start_slope = self._start(standard)
         log_joint, joint_slope = self._joint(standard)
-        slopes = torch.stack([start_slope, joint_slope], -2) @ self.factor
-        return _Point(u, standard, log_start, log_joint, *slopes.unbind(-2))
+        rise = ((joint_slope - start_slope)[..., None, :] @ self.factor)[..., 0, :]
+        return _Point(u, standard, log_joint - log_start, rise)
 
     def _start(self, standard: Latents) -> tuple[PerParticle, Latents]:
         """The logarithm of q(z) and its gradient in z."""

@@ -38,6 +38,7 @@ __all__ = [
     "read",
     "read_card",
     "rewrite_card",
+    "to_disk",
     "write",
 ]
 
@@ -92,8 +93,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Card:
     )
     fresh = _beside(folder)
     fresh.mkdir(parents=True)
-    _to_disk(fresh / WEIGHTS, weights)
-    _to_disk(fresh / CARD, _to_json(card))
+    to_disk(fresh / WEIGHTS, weights)
+    to_disk(fresh / CARD, _to_json(card))
     if folder.exists():
         old = _beside(folder)
         folder.rename(old)
@@ -107,7 +108,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Card:
 def rewrite_card(folder: Path, card: Card) -> None:
     """Puts another card, of the same weights, in the place of the one that is there."""
     fresh = _beside(folder)
-    _to_disk(fresh, _to_json(card))
+    to_disk(fresh, _to_json(card))
     fresh.replace(folder / CARD)
 
 
@@ -184,6 +185,14 @@ def _self_test(model: LatentVariableModel) -> float:
     return scores.log_likelihood.value.item()
 
 
+def to_disk(path: Path, data: bytes) -> None:
+    """Writes a file, and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a training was done with: device, commit of this program, and libraries' versions."""
     return {
@@ -226,13 +235,6 @@ def _to_json(card: Card) -> bytes:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name}, which is no number")
-
-
-def _to_disk(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _beside(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from model.estimators import Quality, estimate
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
 from model.noise import Source
-from model.proposal import GaussianMixture, Proposal, Stacked, StackedPrior
+from model.proposal import Proposal, Stacked, StackedPrior
 from model.refinement import Refinement
 from model.stages import Stages
 
@@ -84,7 +84,7 @@ def latent_use(
         posterior = model.posterior(images)
         mean, log_std = posterior.mean[:, 0], 0.5 * posterior.factor[:, 0].square().sum(-1).log()
         return Use(mean.var(0), _divergence(mean, log_std).mean(0))
-    proposal = _encoded(model, images, noise, two_pass=two_pass)
+    proposal = model.own(images, noise, two_pass=two_pass)
     mean, log_std = proposal.lower.mean[:, 0], proposal.lower.log_std[:, 0]
     if not isinstance(proposal, Stacked) or not isinstance(model.prior, StackedPrior):
         return Use(mean.var(0), _divergence(mean, log_std).mean(0))
@@ -101,14 +101,6 @@ def latent_use(
         torch.cat([mean.var(0), above.mean(1).var(0)]),
         torch.cat([ratio.mean((0, 1)), upper.mean((0, 1))]),
     )
-
-
-def _encoded(
-    model: LatentVariableModel, images: Incomplete, noise: Source, *, two_pass: bool
-) -> GaussianMixture | Stacked:
-    if two_pass:
-        return model.two_pass(images, noise, imputations=1)
-    return model.zero_filled(images)
 
 
 def _divergence(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -141,7 +133,7 @@ def gaps(
     two_pass: bool = True,
 ) -> Stages[Gaps]:
     """The gaps of the encoder's proposal, with log p(x_o) by an estimator of this quality."""
-    own = _encoded(model, images, noise.at("own"), two_pass=two_pass)
+    own = model.own(images, noise.at("own"), two_pass=two_pass)
     best = Refinement(steps=REFINED).refined(model, images, own, noise.at("best"))
     yield
     found = yield from estimate(

@@ -102,7 +102,7 @@ def evaluate(
     if "tight" in scores and read.model.exact is not None:
         raise ValueError("Expected a model with an encoder for tight; got one that needs none.")
     truth = examples(read.card, seed, source=source)
-    _check_test(truth, masks, seed)
+    _check_test(truth, masks if set(scores) & MASKED else None, seed)
     test = _Test(read, truth, seed, Console(stderr=True))
     fresh: dict[str, Any] = {}
     if "raw" in scores:
@@ -123,6 +123,8 @@ def evaluate(
 
 
 SCORES = ("raw", "tight", "predictive", "diagnostics")
+MASKED = {"predictive", "diagnostics"}
+"""Those that hide pixels."""
 
 
 def picture(
@@ -422,9 +424,11 @@ def _own(*, two_pass: bool) -> str:
     return "own" if two_pass else "zero-filled"
 
 
-def _check_test(truth: Incomplete, masks: Sequence[str], seed: int) -> None:
+def _check_test(truth: Incomplete, masks: Sequence[str] | None, seed: int) -> None:
     if len(truth) < FEWEST:
         raise data.DataError(f"Expected {FEWEST} test images or more; got {len(truth)}.")
+    if masks is None:
+        return
     idle = [
         spec for spec in masks if torch.equal(hide(truth, spec, seed).observed, truth.observed)
     ]

@@ -274,6 +274,14 @@ class LatentVariableModel(nn.Module):
             fillings = torch.cat([images.values[:, None], fillings], 1)
         return self.encode(fillings)
 
+    def own(
+        self, images: Incomplete, noise: Source, *, two_pass: bool = True
+    ) -> GaussianMixture | Stacked:
+        """The proposal of one pass or of two, by which an encoder was trained."""
+        if two_pass:
+            return self.two_pass(images, noise, imputations=1)
+        return self.zero_filled(images)
+
     def adapted(
         self, images: Incomplete, noise: Source, *, imputations: int = 64, rounds: int = 6
     ) -> GaussianMixture | Stacked:

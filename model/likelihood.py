@@ -143,7 +143,7 @@ def _amortised(model: LatentVariableModel, images: Incomplete, noise: Source) ->
 
 def _own(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
     """The encoder's proposal as in training: what `raw` scores are made with."""
-    return model.two_pass(images, noise, imputations=1)
+    return model.own(images, noise)
 
 
 def _prior(model: LatentVariableModel, images: Incomplete, _noise: Source) -> Proposal:
@@ -172,7 +172,7 @@ def _laplace(model: LatentVariableModel, images: Incomplete, noise: Source) -> S
 
 def _semi_amortised(model: LatentVariableModel, images: Incomplete, noise: Source) -> Proposal:
     """A few steps up the ELBO from what the encoder says."""
-    first = model.two_pass(images, noise.at("first"), imputations=1)
+    first = model.own(images, noise.at("first"))
     return Refinement(steps=20).refined(model, images, first, noise.at("refined"))
 
 

@@ -164,13 +164,15 @@ class Recipe:
 
     def _check_combinations(self) -> None:
         objectives = [OBJECTIVES[name] for _, name in _sequence(self.objective)]
+        steps = any(objective.steps for objective in objectives)
+        two_pass = any(objective.two_pass for objective in objectives)
         heeded = {
-            "p_step": any(objective.steps for objective in objectives),
-            "m_step": any(objective.steps for objective in objectives),
-            "imputations": any(objective.two_pass for objective in objectives),
-            "first_pass": any(objective.two_pass for objective in objectives),
-            "svi_rate": bool(self.svi_steps),
-            "svi_through": bool(self.svi_steps),
+            "p_step": steps,
+            "m_step": steps,
+            "imputations": two_pass,
+            "first_pass": two_pass,
+            "svi_rate": self.svi_steps > 0,
+            "svi_through": self.svi_steps > 0,
         }
         if self.begun(self.epochs) >= self.epochs:
             raise RecipeError(
@@ -178,7 +180,7 @@ class Recipe:
                 f"objective of {self.objective}; got {self.epochs}."
             )
         for name, heed in heeded.items():
-            idle = next(f.default for f in fields(Recipe) if f.name == name)
+            idle = getattr(Recipe, name)
             if not heed and getattr(self, name) != idle:
                 raise RecipeError(
                     f"Expected {name} {idle} with objective {self.objective} and svi_steps "

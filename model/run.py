@@ -30,11 +30,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from model import checkpoint, data
-from model.checkpoint import Card, Checkpoint, CheckpointError, device_name, provenance
+from model.checkpoint import (
+    Card,
+    Checkpoint,
+    CheckpointError,
+    device_name,
+    provenance,
+    to_disk,
+)
 from model.data import Dataset, Split
 from model.latent import LatentVariableModel
 from model.masks import Incomplete
@@ -169,7 +176,7 @@ class Run:
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / RECIPE, to_json(self.asked))
+        _write(self.folder / RECIPE, to_json(self.asked).encode())
         known = (self.folder / STATE).exists()
         if known:
             self._restore()
@@ -184,8 +191,8 @@ class Run:
         )
         if not known:
             self._write_state()
-        kept = [_line(metrics) for metrics in self.history()]
-        _write(self.folder / METRICS, "".join(kept))
+        kept = "".join(_line(metrics) for metrics in self.history())
+        _write(self.folder / METRICS, kept.encode())
         for stray in self.folder.glob(f".{CHECKPOINT}-*"):
             shutil.rmtree(stray)
         if self.state.best_epoch >= 0:
@@ -265,7 +272,7 @@ class Run:
         tensors = {f"model.{name}": weight for name, weight in refit.trained.items()}
         place = {"taken": refit.taken, "seconds": self.polish_seconds}
         self._keep(POLISH, {**tensors, **_kept(refit.optimizer)}, place)
-        _write(self.folder / LEDGER, self.ledger + self._entry())
+        _write(self.folder / LEDGER, (self.ledger + self._entry()).encode())
 
     def step(self) -> None:
         """One step of training."""
@@ -434,15 +441,13 @@ class Run:
         place = {name: getattr(state, name) for name in PLACE}
         place["data"] = self.images
         self._keep(STATE, {**tensors, **_kept(state.optimizer)}, place)
-        _write(self.folder / LEDGER, self.ledger + self._entry())
+        _write(self.folder / LEDGER, (self.ledger + self._entry()).encode())
 
     def _keep(self, file: str, tensors: dict[str, Tensor], place: dict[str, Any]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise self._diverged("model", self.state.step)
-        fresh = self.folder / f".{file}"
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, fresh, {"place": json.dumps(place)})
-        _put(fresh, self.folder / file)
+        _write(self.folder / file, save(contiguous, {"place": json.dumps(place)}))
 
     def write_checkpoint(self) -> Card:
         """Replaces the checkpoint by the best model so far; returns its card."""
@@ -576,10 +581,11 @@ def _line(metrics: Metrics) -> str:
     return json.dumps(asdict(metrics)) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    """Puts a file in its place once the disk has it: not even a power cut tears it."""
     fresh = path.with_name(f".{path.name}")
-    fresh.write_text(text)
-    _put(fresh, path)
+    to_disk(fresh, content)
+    fresh.replace(path)
 
 
 def _append(path: Path, text: str) -> None:
@@ -587,13 +593,6 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _put(fresh: Path, path: Path) -> None:
-    """Renames a file into its place once the disk has it: not even a power cut tears it."""
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _copy(model: LatentVariableModel) -> dict[str, Tensor]:

@@ -206,9 +206,8 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     guard(Path, "replace")
     guard(Path, "rename")
     guard(Path, "mkdir")
-    guard(Path, "write_bytes", lambda path, content: path.open("wb").write(content[:9]))
-    guard(Path, "write_text", lambda path, text: path.open("w").write(text[:9]))
-    guard(runs, "save_file", lambda _tensors, path, _metadata: path.open("wb").write(b"half"))
+    for module in (runs, checkpoint):
+        guard(module, "to_disk", lambda path, content: path.open("wb").write(content[:9]))
     guard(runs, "_append", lambda path, text: path.open("a").write(text[:9]))
 
 
@@ -343,16 +342,16 @@ def test_finished_run_is_left_as_it_is(bars: str, tmp_path: Path) -> None:
 
 def test_state_of_the_first_version_is_gone_on_with(bars: str, tmp_path: Path) -> None:
     """A state that does not say which epochs were validated was saved after they were."""
-    folder, save = tmp_path / "run", runs.save_file
+    folder, save = tmp_path / "run", runs.save
     with pytest.MonkeyPatch.context() as monkeypatch:
 
-        def old(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        def old(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
             place = json.loads(metadata["place"])
             del place["validated"]
             place["bound_sum"] = place.pop("sums")[0]
-            save(tensors, path, {"place": json.dumps(place)})
+            return save(tensors, {"place": json.dumps(place)})
 
-        monkeypatch.setattr(runs, "save_file", old)
+        monkeypatch.setattr(runs, "save", old)
         _killed_in_step(monkeypatch, 5)
         with pytest.raises(Killed):
             _train(folder, bars)
@@ -431,10 +430,10 @@ def test_ledger_joins_where_it_was_not_written(bars: str, tmp_path: Path) -> Non
     folder, write = tmp_path / "run", runs._write  # pyright: ignore[reportPrivateUsage]
     with pytest.MonkeyPatch.context() as monkeypatch:
 
-        def killed(path: Path, text: str) -> None:
-            if path.name == "ledger.jsonl" and json.loads(text)["to_step"] > 0:
+        def killed(path: Path, content: bytes) -> None:
+            if path.name == "ledger.jsonl" and json.loads(content)["to_step"] > 0:
                 raise Killed
-            write(path, text)
+            write(path, content)
 
         monkeypatch.setattr(runs, "_write", killed)
         with pytest.raises(Killed):
