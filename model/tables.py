@@ -102,22 +102,27 @@ REDUCED = {
     "precision": "medium",
 }
 BRISK = {**REDUCED, "epochs": 60, "patience": 60, "learning_rate": 2e-3}
+MUON = {**BRISK, "optimizer": "muon"}
+TWICE, DECAY = {"epochs": 120, "patience": 120}, {"weight_decay": 0.1}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "slides": {},
     "short": {**REDUCED, "epochs": 60, "patience": 60},
     "long": {**REDUCED, "epochs": 240, "patience": 240},
     "lean": {**REDUCED, "epochs": 480, "patience": 480, "particles": 10, "way_back": 0.5},
     "brisk": BRISK,
-    "muon": {**BRISK, "optimizer": "muon"},
-    "muon-long": {**BRISK, "optimizer": "muon", "epochs": 120, "patience": 120},
+    "muon": MUON,
+    "muon-long": {**MUON, **TWICE},
+    "muon-decay": {**MUON, **DECAY},
+    "muon-decay-long": {**MUON, **TWICE, **DECAY},
 }
 """How long, and with which steps: `slides` is the protocol of the slides, `short` a reduced one
 that two processor cores finish in less than an hour a cell, `long` one of four times the epochs,
 `lean` one of eight times the epochs with a fifth of the particles; `brisk` is `short` with steps
-of twice the size, `muon` is `brisk` with another optimiser, and `muon-long` has twice its
-epochs."""
+of twice the size, `muon` is `brisk` with another optimiser, of which `-decay` lets the weights
+decay and `-long` has twice the epochs."""
 STRETCHED: dict[str, dict[str, Any]] = {
-    "muon-long": {"warm_up_epochs": 30, "polish_steps": 12_000}
+    name: {"warm_up_epochs": 30, "polish_steps": 12_000}
+    for name in ("muon-long", "muon-decay-long")
 }
 """What becomes longer with a schedule, of columns that have it."""
 
@@ -200,7 +205,8 @@ Test log p(x) of complete images in nats, the mean over the test set; higher is 
 `raw` is by the model's own encoder, as in the slides; `tight` by an encoder that was refitted on
 the test images while the decoder stayed as it was, which tells a loose bound from a bad model.
 ± is the standard error over images; ESS is the median effective sample size; the rate is the
-optimiser's first, which falls along a cosine unless the schedule is the slides'.
+optimiser's first, which falls along a cosine unless the schedule is the slides', and the decay
+that of the weights where there is one.
 A cell's `.metrics.jsonl` has its epochs, and `variances.png` shows how much an image's ELBO and Q̂
 vary along them.
 The slides' numbers are those of Kim, Hwang and Kim (2020); the order of their columns IWEM and
@@ -224,7 +230,7 @@ COLUMNS = (
     "seeds",
     "spread",
     "K train",
-    "optimiser, rate",
+    "optimiser, rate, decay",
     "epochs, best",
     "seconds",
     "device",
@@ -253,12 +259,18 @@ def _line(
         str(len(cards)),
         f"{statistics.stdev(r['mean'] for r in raw):.2f}" if len(cards) > 1 else "",
         str(first["recipe"]["particles"]),
-        f"{first['recipe'].get('optimizer', 'adam')}, {first['recipe']['learning_rate']:g}",
+        _steps(first["recipe"]),
         epochs,
         str(round(statistics.mean(t["seconds"] for t in training))),
         ", ".join(_distinct(t["device"] for t in training)),
     )
     return f"| {' | '.join(columns)} |"
+
+
+def _steps(recipe: dict[str, Any]) -> str:
+    steps = f"{recipe.get('optimizer', 'adam')}, {recipe['learning_rate']:g}"
+    decay = recipe["weight_decay"]
+    return f"{steps}, {decay:g}" if decay else steps
 
 
 def _score(results: Sequence[dict[str, Any]]) -> str:

@@ -192,7 +192,10 @@ def reproduce(
     budget: Annotated[str, typer.Option(help="Time, such as 2h or 30m.")] = "2h",
     schedule: Annotated[
         str,
-        typer.Option(help="slides, or fewer epochs: short, brisk, muon, muon-long, long, lean."),
+        typer.Option(
+            help="slides, or fewer epochs: short, brisk, muon, muon-decay, muon-long, "
+            "muon-decay-long, long, lean."
+        ),
     ] = "short",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each cell.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,

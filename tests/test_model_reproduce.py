@@ -184,3 +184,14 @@ def test_the_page_has_a_line_for_every_cell(tmp_path: Path) -> None:
         "| `patches-6` | miss-iwem | -96.12 ± 0.25 | -95.12 ± 0.25 | -95.18 | 7.0, 7.0 | 5000 "
         "| 2 | 1.41 | 50 | adam, 0.001 | 60, 59 | 99 | CPU |"
     )
+
+
+def test_the_page_says_with_which_steps_a_cell_was_trained(tmp_path: Path) -> None:
+    """The optimiser, its rate, and the decay of the weights where there is one."""
+    _reproduced(tmp_path, Machine(tmp_path, slices=1))
+    results = tmp_path / "docs/results"
+    card = json.loads((results / f"{CELL.name}.json").read_text())
+    card["recipe"] |= replace(CELL, schedule="muon-decay").changes
+    (results / f"{CELL.name}.json").write_text(json.dumps(card))
+
+    assert "| muon, 0.002, 0.1 |" in page(results)
