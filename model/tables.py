@@ -14,7 +14,7 @@ from typing import Any
 
 from model.recipe import Recipe, read_recipe
 
-__all__ = ["SCHEDULES", "TABLES", "Cell", "Table", "cells", "page"]
+__all__ = ["COLUMNS", "SCHEDULES", "TABLES", "Cell", "Table", "cells", "page"]
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def cells(
 
 def page(folder: Path) -> str:
     """The page of results, made from the cards in a folder."""
-    parts = [INTRODUCTION]
     cards = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    parts = [INTRODUCTION, *_bests(cards), ""]
     for command, table in TABLES.items():
         parts += [f"## {table.title}\n", f"`miss-iwem reproduce {command}`\n", HEAD]
         for row, numbers in table.rows.items():
@@ -199,6 +199,31 @@ def page(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def _bests(cards: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """The best of each row that was run beside the slides' best of it."""
+    yield BESTS
+    for table in TABLES.values():
+        for row, numbers in table.rows.items():
+            slides = [number for number in numbers if number is not None]
+            ours = [
+                (card["results"]["raw"], name.split("."))
+                for name, card in cards.items()
+                if name.startswith(f"{row}.") and name.split(".")[1] in table.columns
+            ]
+            if slides and ours:
+                raw, (_, column, schedule, _) = max(ours, key=lambda run: run[0]["mean"])
+                yield (
+                    f"| `{row}` | {_score([raw])} | {column}, {schedule} | {max(slides):.2f} "
+                    f"| {raw['mean'] - max(slides):+.2f} |"
+                )
+
+
+BESTS = """## The best of each row that was run
+
+By `raw`; of our columns the best at any schedule and seed, of the slides' the best as well.
+
+| row | ours | objective, schedule | slides | above it by |
+| --- | --- | --- | --- | --- |"""
 INTRODUCTION = """# The tables of the slides, reproduced
 
 Test log p(x) of complete images in nats, the mean over the test set; higher is better.
@@ -235,6 +260,7 @@ COLUMNS = (
     "seconds",
     "device",
 )
+"""What the page says of a cell."""
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
