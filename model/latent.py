@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,7 +99,7 @@ class Particles:
         """The logarithm of p(x_o, z)."""
         return self.log_likelihood + self.warmth * self.log_prior
 
-    @property
+    @cached_property
     def log_weights(self) -> PerParticle:
         """The logarithm of w = p(x_o, z) / q(z)."""
         return self.log_weights_under(self.proposal)
