@@ -47,6 +47,7 @@ from model.noise import Noise, NoisePerImage
 from model.objectives import OBJECTIVES
 from model.refit import BATCH, tightened
 from model.stages import Stages, finish
+from model.step import flushed
 
 __all__ = ["CHUNK", "MASKS", "evaluate", "examples", "hide", "in_chunks", "picture"]
 
@@ -203,7 +204,8 @@ class _Test:
         truth = self.truth[:images]
         steps = REFIT_EPOCHS * math.ceil(len(truth) / BATCH)
         stages = tightened(self.read.model, truth, Noise(self.seed).at("tight"), steps=steps)
-        model = _watched(stages, steps, "refit", self.show).frozen()
+        with flushed():
+            model = _watched(stages, steps, "refit", self.show).frozen()
         result = self._whole(model, truth, "tight", particles, two_pass=False)
         return {**result, "proposal": "own, refitted on these images", "refit_steps": steps}
 

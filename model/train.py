@@ -32,6 +32,7 @@ from model.recipe import (
 )
 from model.run import CHECKPOINT, LOCK, RECIPE, Diverged, Metrics, Run
 from model.stages import finish
+from model.step import flushed
 from model.team import Team
 from model.together import Together
 
@@ -68,7 +69,7 @@ def train(
         Diverged: The bound became NaN or infinite; the last good state is kept.
         Interrupted: SIGINT or SIGTERM came, or the minutes are over; the state is saved.
     """
-    with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:
+    with _limit(minutes) as limit, _arithmetic(recipe.precision), ExitStack() as held:
         team = Team.joined()
         _refuse_another(folder, recipe, resume=resume)
         team.wait()
@@ -117,7 +118,7 @@ def train_seeds(
         raise RecipeError("Expected networks mlp with several seeds at once; got gated-conv.")
     show, runs = console or Console(stderr=True), list[Run]()
     together: Together | None = None
-    with _limit(minutes) as limit, _matmul_precision(recipe.precision), ExitStack() as held:
+    with _limit(minutes) as limit, _arithmetic(recipe.precision), ExitStack() as held:
         for seed in range(recipe.seed, recipe.seed + seeds):
             place, each = folder / f"seed-{seed}", replace(recipe, seed=seed)
             _refuse_another(place, each, resume=resume)
@@ -299,11 +300,12 @@ def on_stop(do: Callable[[int], object]) -> Generator[None]:
 
 
 @contextmanager
-def _matmul_precision(precision: str) -> Generator[None]:
+def _arithmetic(precision: str) -> Generator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
     try:
-        yield
+        with flushed():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

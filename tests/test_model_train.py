@@ -47,6 +47,8 @@ from model.step import BF16_CPU
 from model.train import Interrupted, main
 
 ROOT = Path(__file__).parents[1]
+TINIEST = torch.tensor([1e-40])
+"""Less than the least normal number of single precision."""
 TINY: dict[str, Any] = {
     "missing": "patches:3",
     "particles": 3,
@@ -280,11 +282,27 @@ def test_stopped_while_it_validates(bars: str, tmp_path: Path) -> None:
 
 
 def test_signals_are_the_callers_again_afterwards(bars: str, tmp_path: Path) -> None:
-    """Training borrows the handlers of signals and the precision of products."""
+    """Training borrows the handlers of signals, the precision of products and tiny numbers."""
     before = signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()
     _train(tmp_path / "run", bars, precision="medium")
 
     assert (signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()) == before
+    assert float(TINIEST * 1) > 0
+
+
+def test_a_training_takes_the_tiniest_numbers_for_zero(bars: str, tmp_path: Path) -> None:
+    """Products with gradients of particles that hardly weigh take no more time than others."""
+    seen: list[float] = []
+
+    class Listener(io.StringIO):
+        def write(self, text: str) -> int:
+            seen.append(float(TINIEST * 1))
+            return len(text)
+
+    recipe = read_recipe(None, **{**TINY, "data": bars})
+    train.train(tmp_path / "run", recipe, device="cpu", console=Console(file=Listener()))
+
+    assert set(seen) == {0.0}
 
 
 def test_products_in_bf16_are_where_the_processor_has_them(bars: str, tmp_path: Path) -> None:
