@@ -206,7 +206,9 @@ class LatentVariableModel(nn.Module):
         header = Path(sysconfig.get_path("include"), "Python.h")
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         if isinstance(self.likelihood, Bernoulli) and compiler is not None and header.exists():
-            sums = torch.compile(bernoulli_sums)
+            # calls from C++ let go of Python's lock, for which other threads would wait
+            options = {"cpp_wrapper": self.device.type == "cpu"}
+            sums = torch.compile(bernoulli_sums, options=options)
             self.likelihood = replace(self.likelihood, compiled=sums)
         return self
 
@@ -363,7 +365,7 @@ class LatentVariableModel(nn.Module):
         count = len(images)
         whole = self.stack or latents.device.type != "cpu"
         at_once = count if whole else max(1, CACHED_ROWS // latents.shape[1])
-        parts = torch.arange(count, device=latents.device).split(at_once)
+        parts = (slice(first, first + at_once) for first in range(0, count, at_once))
         return [of(self._decoded(latents[part]), images[part]) for part in parts]
 
     def _decoded(self, latents: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch c h w"]:

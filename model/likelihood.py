@@ -15,6 +15,7 @@ They are not to be believed when the Pareto shape $\hat k$ of the weights is abo
 """
 
 import math
+import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,8 @@ AT_ONCE = 16
 KEPT = 4
 """Those that are given out together where the decoder's output is kept, or it is looked at after
 each time whether they are enough."""
+DRAWING = threading.Lock()
+"""Small calls give Python's own lock away, for which threads that draw at a time would wait."""
 PIXELS = 2**20
 """Of the decoder's output, for which more blocks than are given out are made at a time."""
 
@@ -262,7 +265,8 @@ def blocks(
         made = given if may_stop else max(given, room // given * given)
     for first in range(0, count, made):
         group = range(first, min(first + made, count))
-        drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
+        with DRAWING:
+            drawn = [distribution.draw(BLOCK, noise.at("block", index)) for index in group]
         whole = model.particles(images, distribution, torch.cat(drawn, 1), keep=keep)
         block = Block(whole.latents, whole.log_weights, whole.parameters)
         yield from block.first(particles - first * BLOCK).split(given * BLOCK)

@@ -12,7 +12,7 @@ and training that was interrupted goes on as if it had not been.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -109,13 +109,15 @@ class NoisePerImage:
 
     def normal(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """N(0, 1) numbers, image by image."""
-        drawn = [torch.randn(shape[1:], generator=noise.generator()) for noise in self.noises]
-        return torch.stack(drawn).to(like)
+        return self._drawn(torch.randn, shape).to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Float[Tensor, " batch *rest"]:
         """Uniform numbers, image by image."""
-        drawn = [torch.rand(shape[1:], generator=noise.generator()) for noise in self.noises]
-        return torch.stack(drawn).to(like)
+        return self._drawn(torch.rand, shape).to(like)
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        own = Generator()
+        return torch.stack([draw(shape[1:], generator=n.reseed(own)) for n in self.noises])
 
 
 @dataclass(frozen=True)

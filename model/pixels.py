@@ -39,27 +39,39 @@ def bernoulli_sums(
     """⟨x_o, l⟩ − Σ_o softplus(l) and, if asked for, Σ_m (σ(l)·l − softplus(l)), a row a particle.
 
     With e = exp(−|l|), softplus(l) = max(l, 0) + log(1 + e), and a sum of such logarithms is the
-    logarithm of a product. A particle's pixels are summed in short runs, whose sums and products
-    are one loop, in the precision of the image's pixels.
+    logarithm of a product. A particle's pixels are dealt out to lanes, as many as fill a
+    processor's registers where that can be: each has few enough for their product, and all sums
+    and products are one loop, in the precision of the image's pixels.
     """
-    pixels = logits.shape[-1]
-    size = max(d for d in range(1, LONGEST + 1) if pixels % d == 0)
-    runs = logits.to(seen).unflatten(-1, (-1, size))
-    x, here = (plane[:, None].unflatten(-1, (-1, size)) for plane in (seen, observed))
-    decay, positive = (-runs.abs()).exp(), runs.clamp(min=0)
-    linear = (x * runs - here * positive).sum(-1)
-    density = (linear - (1 + here * decay).prod(-1).log()).sum(-1)
+    lanes = _lanes(logits.shape[-1])
+    dealt = logits.to(seen).unflatten(-1, (-1, lanes))
+    x, here = (plane[:, None].unflatten(-1, (-1, lanes)) for plane in (seen, observed))
+    far = dealt.abs()
+    decay = torch.exp2(far * -LOG2_E)  # which torch.compile keeps in a register, unlike exp
+    linear = (x * dealt - here * dealt.clamp(min=0)).sum(-2)
+    density = (linear - (1 + here * decay).prod(-2).log()).sum(-1)
     if not missing:
         return (density,)
     there = 1 - here
-    mean = torch.where(runs >= 0, 1.0, decay) / (1 + decay)
-    linear = (there * (mean * runs - positive)).sum(-1)
-    return density, (linear - (1 + there * decay).prod(-1).log()).sum(-1)
+    linear = (there * far * decay / (1 + decay)).sum(-2)
+    return density, -(linear + (1 + there * decay).prod(-2).log()).sum(-1)
 
 
 BISECTIONS = 40
+LOG2_E = 1 / math.log(2)
 LONGEST = 120
 """Numbers between one and two whose product fits in single precision."""
+REGISTER = 16
+"""Numbers in single precision that a processor's widest registers hold."""
+
+
+def _lanes(pixels: int) -> int:
+    """A divisor of the number of pixels: of those with short sums the first that fills registers.
+
+    Where there is none it is the first with short sums.
+    """
+    short = [d for d in range(1, pixels + 1) if pixels % d == 0 and pixels // d <= LONGEST]
+    return next((d for d in short if d % REGISTER == 0), short[0])
 
 
 @dataclass(frozen=True)
