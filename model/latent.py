@@ -207,8 +207,8 @@ class LatentVariableModel(nn.Module):
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         if isinstance(self.likelihood, Bernoulli) and compiler is not None and header.exists():
             # calls from C++ let go of Python's lock, for which other threads would wait
-            options = {"cpp_wrapper": self.device.type == "cpu"}
-            sums = torch.compile(bernoulli_sums, options=options)
+            here = self.device.type == "cpu"
+            sums = torch.compile(bernoulli_sums, options={"cpp_wrapper": here})
             self.likelihood = replace(self.likelihood, compiled=sums)
         return self
 
