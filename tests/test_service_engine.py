@@ -377,7 +377,8 @@ def test_what_is_alike_waits_for_its_like_and_others_do_not(engine: Engine):
 
     async def scenario() -> None:
         gate = threading.Event()
-        first = Fake(alike="a", gate=gate, blocks=100, at_end=lambda: began.append("first"))
+        # so many that one stage which the system interrupts does not outweigh them
+        first = Fake(alike="a", gate=gate, blocks=20_000, at_end=lambda: began.append("first"))
         request = asyncio.create_task(_submit(engine, first))
         await _began(first)
         later = [
