@@ -43,9 +43,11 @@ def bernoulli_sums(
     processor's registers where that can be: each has few enough for their product, and all sums
     and products are one loop, in the precision of the image's pixels.
     """
-    lanes = _lanes(logits.shape[-1])
-    dealt = logits.to(seen).unflatten(-1, (-1, lanes))
-    x, here = (plane[:, None].unflatten(-1, (-1, lanes)) for plane in (seen, observed))
+    pixels = logits.shape[-1]
+    sizes = [d for d in LENGTHS if pixels % d == 0]
+    size = max([d for d in sizes if pixels // d % REGISTER == 0] or sizes)
+    dealt = logits.to(seen).unflatten(-1, (size, -1))
+    x, here = (plane[:, None].unflatten(-1, (size, -1)) for plane in (seen, observed))
     far = dealt.abs()
     decay = torch.exp2(far * -LOG2_E)  # which torch.compile keeps in a register, unlike exp
     linear = (x * dealt - here * dealt.clamp(min=0)).sum(-2)
@@ -59,19 +61,10 @@ def bernoulli_sums(
 
 BISECTIONS = 40
 LOG2_E = 1 / math.log(2)
-LONGEST = 120
-"""Numbers between one and two whose product fits in single precision."""
+LENGTHS = range(1, 121)
+"""Of numbers between one and two whose product fits in single precision."""
 REGISTER = 16
 """Numbers in single precision that a processor's widest registers hold."""
-
-
-def _lanes(pixels: int) -> int:
-    """A divisor of the number of pixels: of those with short sums the first that fills registers.
-
-    Where there is none it is the first with short sums.
-    """
-    short = [d for d in range(1, pixels + 1) if pixels % d == 0 and pixels // d <= LONGEST]
-    return next((d for d in short if d % REGISTER == 0), short[0])
 
 
 @dataclass(frozen=True)
